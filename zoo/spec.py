@@ -1,0 +1,289 @@
+"""What is built, as frozen data: ``ModelSpec``, ``QuantSpec``, ``HardwareSpec``, ``ParallelSpec``, ``Limits``, ``BuildSpec``.
+
+Nothing here reads a file or imports a builder. ``zoo.config`` makes these objects from YAML; every other room reads them.
+Every spec checks itself when it is made (``__post_init__``) and names the key that is wrong. ``to_json`` gives plain
+data with sorted keys; digests are taken over exactly that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.errors import ConfigError
+
+DTYPES = ("float32", "float16", "bfloat16")
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+MLPS = ("gated", "plain")
+POSITIONS = ("rope", "learned")
+QK_NORMS = ("none", "head")
+ROPE_KINDS = ("default", "linear", "llama3")
+QUANT_METHODS = ("none", "fp8")
+COMPILERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
+
+
+def to_json(spec: Any) -> dict[str, Any]:
+    """A spec as plain JSON data (dicts, lists, numbers, strings)."""
+    data: dict[str, Any] = dataclasses.asdict(spec)
+    return data
+
+
+def canonical(data: Any) -> bytes:
+    """The one byte form of JSON data that digests are taken over: sorted keys, no spaces, UTF-8."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(data: Any) -> str:
+    """``sha256:<hex>`` of JSON data in canonical form."""
+    return "sha256:" + hashlib.sha256(canonical(data)).hexdigest()
+
+
+def _pick(where: str, key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{where}: {key} is {value!r}; pick one of {', '.join(allowed)}")
+
+
+def _at_least(where: str, key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{where}: {key} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021); ``llama3`` is the frequency scaling of the Llama 3.1 release."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    fraction: float = 1.0  # of head_dim that is rotated
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """How a checkpoint names its tensors. ``{layer}`` stands for the layer index.
+
+    ``model`` and ``layer`` map a weight's role (see docs/adding-a-model.md) to a tensor name. A role that the options do
+    not use may be present; a role that they use and that is absent is an error. ``fused_qkv`` says that ``layer.qkv``
+    holds query, key and value together; ``conv1d`` that linear weights are stored [in, out] rather than [out, in].
+    ``prefixes`` are optional heads of names (``"transformer."``) that some exports leave out or add.
+    ``ignored`` are regular expressions for tensors that carry nothing (attention masks, rotary buffers).
+    """
+
+    model: dict[str, str] = field(default_factory=dict)
+    layer: dict[str, str] = field(default_factory=dict)
+    fused_qkv: bool = False
+    conv1d: bool = False
+    prefixes: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: its numbers, the template options of its family, and how its checkpoint names things."""
+
+    name: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    template: str = "decoder"
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    mlp: str = "gated"
+    position: str = "rope"
+    rope: RopeSpec = field(default_factory=RopeSpec)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = "none"
+    window: int = 0  # 0: full attention; else each token sees this many positions, itself included
+    window_layers: tuple[int, ...] = ()  # which layers use the window; empty: all of them
+    softcap: float = 0.0  # of attention scores; 0: none
+    attention_scale: float = 0.0  # 0: head_dim ** -0.5
+    tie_embeddings: bool = False
+    dtype: str = "bfloat16"  # what the checkpoint holds, and the compute type on a GPU
+    tensors: TensorNames = field(default_factory=TensorNames)
+    checkpoint: str = ""  # folder, absolute or relative to the project; empty: shapes only
+    license: str = ""
+    base_model: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"model {self.name!r}"
+        for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):
+            _at_least(where, key, getattr(self, key), 1)
+        _at_least(where, "intermediate_size", self.intermediate_size, 1)
+        _pick(where, "norm", self.norm, NORMS)
+        _pick(where, "activation", self.activation, ACTIVATIONS)
+        _pick(where, "mlp", self.mlp, MLPS)
+        _pick(where, "position", self.position, POSITIONS)
+        _pick(where, "qk_norm", self.qk_norm, QK_NORMS)
+        _pick(where, "rope.kind", self.rope.kind, ROPE_KINDS)
+        _pick(where, "dtype", self.dtype, DTYPES)
+        _pick(where, "template", self.template, ("decoder",))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{where}: num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
+                "every key/value head serves the same number of query heads"
+            )
+        if self.position == "rope" and (self.head_dim % 2 or int(self.head_dim * self.rope.fraction) % 2):
+            raise ConfigError(f"{where}: rotary positions need an even head_dim (here {self.head_dim})")
+
+    @property
+    def scale(self) -> float:
+        """The factor on query-key products."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    def window_of(self, layer: int) -> int:
+        """Attention window of a layer in tokens; 0 means full attention."""
+        return self.window if not self.window_layers or layer in self.window_layers else 0
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How linear layers are quantized. ``fp8``: weights float8e4m3 per output channel, activations per tensor, static."""
+
+    name: str
+    method: str = "none"
+    skip: tuple[str, ...] = ("lm_head",)  # linear roles left in the compute type
+    calibration_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        _pick(f"quant {self.name!r}", "method", self.method, QUANT_METHODS)
+
+
+@dataclass(frozen=True)
+class HardwareSpec:
+    """One kind of machine. Sizes in bytes, bandwidth in bytes/s, FLOP/s by dtype, power in W, price in USD an hour."""
+
+    name: str
+    kind: str  # cpu | gpu
+    sm: int = 0  # 80 for SM 8.0; 0 on a CPU
+    memory: int = 0  # 0: whatever the machine has
+    bandwidth: float = 0.0
+    flops: dict[str, float] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32",)  # compute types, best first
+    quants: tuple[str, ...] = ("none",)  # quantization methods it runs
+    compilers: tuple[str, ...] = ("onnxruntime",)  # best first
+    power: float = 0.0
+    price: float = 0.0
+    price_date: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"hardware {self.name!r}"
+        _pick(where, "kind", self.kind, ("cpu", "gpu"))
+        for compiler in self.compilers:
+            _pick(where, "compilers", compiler, COMPILERS)
+        for dtype in self.dtypes:
+            _pick(where, "dtypes", dtype, DTYPES)
+        if self.kind == "gpu":
+            _at_least(where, "sm", self.sm, 70)
+            _at_least(where, "memory", self.memory, 1)
+
+    def build_fields(self) -> dict[str, Any]:
+        """The part that an engine depends on. Price, power and rates can change without a rebuild."""
+        data = to_json(self)
+        return {key: data[key] for key in ("name", "kind", "sm", "memory", "dtypes", "quants")}
+
+
+@dataclass(frozen=True)
+class ParallelSpec:
+    """How a model is spread over GPUs: tensor parallel and pipeline parallel ranks."""
+
+    name: str = "tp1"
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(f"parallel {self.name!r}", "tp", self.tp, 1)
+        _at_least(f"parallel {self.name!r}", "pp", self.pp, 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one engine can hold. 0 for ``max_context`` means the model's own limit; for ``max_blocks``, derived.
+
+    max_tokens      tokens in one step (all sequences together)
+    max_sequences   sequences in one step
+    max_rows        rows of logits in one step; 0: max_sequences
+    max_context     tokens of one sequence, prompt and continuation together
+    max_blocks      blocks of a KV pool, block 0 (reserved) included
+    block_size      tokens in a block
+    """
+
+    max_tokens: int = 512
+    max_sequences: int = 16
+    max_rows: int = 0
+    max_context: int = 0
+    max_blocks: int = 0
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        for key in ("max_tokens", "max_sequences", "block_size"):
+            _at_least("limits", key, getattr(self, key), 1)
+        for key in ("max_rows", "max_context", "max_blocks"):
+            _at_least("limits", key, getattr(self, key), 0)
+
+    def resolve(self, model: ModelSpec) -> Limits:
+        """Fill every 0 in: the context from the model, rows from sequences, blocks for a full house of contexts.
+
+        Without an explicit number the pool holds ``max_sequences`` contexts, but at most 65,536 tokens or one context,
+        whichever is more. Raises ConfigError when the context does not fit the model or the pool.
+        """
+        context = self.max_context or model.max_positions
+        if context > model.max_positions:
+            raise ConfigError(
+                f"limits.max_context is {context}, but model {model.name!r} has positions for {model.max_positions}; "
+                "lower it or leave it out"
+            )
+        per_sequence = -(-context // self.block_size)
+        wanted = min(self.max_sequences * context, max(65536, context))
+        blocks = self.max_blocks or 1 + max(per_sequence, -(-wanted // self.block_size))
+        if blocks < 1 + per_sequence:
+            raise ConfigError(
+                f"limits.max_blocks is {blocks}: one context of {context} tokens needs {per_sequence} blocks of "
+                f"{self.block_size} and the reserved block; raise max_blocks to {1 + per_sequence} or lower max_context"
+            )
+        return dataclasses.replace(self, max_rows=self.max_rows or self.max_sequences, max_context=context, max_blocks=blocks)
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks one full context takes: the width of the block table."""
+        return -(-self.max_context // self.block_size)
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """Everything that decides what an engine is. ``limits`` are resolved. ``overrides`` are kept for messages only."""
+
+    model: ModelSpec
+    quant: QuantSpec
+    hardware: HardwareSpec
+    parallel: ParallelSpec
+    limits: Limits
+    compiler: str
+    dtype: str  # compute type of the engine
+    threads: int = 0  # of a CPU engine; 0: as many as the machine has when it runs
+    registry: str = ""  # folder of the local registry; empty: the user's own
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _pick("build", "compiler", self.compiler, COMPILERS)
+        _pick("build", "dtype", self.dtype, DTYPES)
+
+    @property
+    def profile(self) -> str:
+        """The name under which the engine stands in its version's index."""
+        return f"{self.quant.name}-{self.hardware.name}-{self.compiler}-tp{self.parallel.tp}"

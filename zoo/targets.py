@@ -1,0 +1,42 @@
+"""What each compilation target can do, as data that passes and checks read.
+
+A target's abilities are never an ``if`` on its name: a pass asks for the ability. Facts come from running the target;
+docs/architecture.md says where each was seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """Abilities of one compiler's runtime.
+
+    name            the compiler's name
+    zoo_ops         how zoo ops reach it: "function" (an ONNX function of standard ops), "inline" (the same, inlined
+                    before its parser sees it), "plugin" (its own plugin interface)
+    attention       the lowering of ZooPagedAttention: "loop" (one Loop iteration a sequence), "padded" (queries padded
+                    to [B, L] by index inputs, contexts gathered once a sequence), "plugin"
+    dtypes          compute types it can run
+    fused_matmul    it has com.microsoft FusedMatMul, so weights may stay [out, in] as checkpoints store them
+    float8_pool     a KV pool of float8 values is possible
+    sms             SM versions it builds for; empty: not a GPU target
+    """
+
+    name: str
+    zoo_ops: str
+    attention: str
+    dtypes: tuple[str, ...]
+    fused_matmul: bool = False
+    float8_pool: bool = False
+    sms: tuple[int, ...] = ()
+
+
+TARGETS: dict[str, Target] = {
+    "onnxruntime": Target("onnxruntime", "function", "loop", ("float32",), fused_matmul=True),
+    "tensorrt_rtx": Target("tensorrt_rtx", "inline", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 120, 121)),
+    "tensorrt": Target(
+        "tensorrt", "plugin", "plugin", ("float16", "bfloat16"), float8_pool=True, sms=(75, 80, 86, 89, 90, 100, 120)
+    ),
+}
