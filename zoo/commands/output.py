@@ -1,0 +1,66 @@
+"""Printing for people and for programs: tables on stdout, progress on stderr, JSON alone when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from zoo.artifacts.registry import Registry, default_root
+
+stderr = Console(stderr=True)
+
+
+def open_registry(arguments: argparse.Namespace) -> Registry:
+    """The registry that ``--registry`` names, else the user's own."""
+    return Registry(Path(arguments.registry) if arguments.registry else default_root())
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = ()) -> None:
+    """A plain table on stdout; wide enough never to cut a REF when stdout is not a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+class StageProgress:
+    """A progress bar per engine whose text follows the stages of a build."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None, stage="")
+
+    def start(self, name: str) -> None:
+        """Go on to the next engine."""
+        self.progress.update(self.task, description=name, stage="", total=None)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.progress.update(self.task, stage=stage, completed=done, total=total or None)
+
+    def finish(self, line: str) -> None:
+        """Leave a line behind for an engine that is done."""
+        self.progress.console.print(line, highlight=False)
+
+
+@contextmanager
+def progress_bars() -> Iterator[StageProgress]:
+    """Progress on stderr; on something that is not a terminal only the finished lines are written."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        yield StageProgress(progress)
