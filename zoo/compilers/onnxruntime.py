@@ -1,0 +1,185 @@
+"""The CPU target: an ONNX file whose weights are recipes, for ONNX Runtime.
+
+    model.onnx     the rewritten graph; every weight is an initializer whose bytes lie in "weights.bin" at a fixed offset
+    weights.json   {"file": "weights.bin", "size": bytes, "weights": [{"name", "dtype", "recipe", "offset", "nbytes"}]}
+
+``weights.bin`` itself is not made here: the artifact carries the checkpoint's own files, shared by all profiles of a
+model, and the session writes the packed file when it opens the engine. Compiling therefore reads and copies no weights.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from zoo.compilers.base import CompiledEngine, Compiler, Progress, abi_of, weight_bytes
+from zoo.errors import CompileError, UnavailableError
+from zoo.graph import ONNX_TYPES, ModelGraph
+from zoo.spec import BuildSpec, HardwareSpec, digest_of
+from zoo.targets import TARGETS
+from zoo.weights.recipe import Weight
+
+if TYPE_CHECKING:
+    from zoo.weights.reader import Tensors
+
+WEIGHTS_FILE = "weights.bin"
+TABLE_FILE = "weights.json"
+INSTALL = "install it with `pip install 'engine-zoo[cpu]'`"
+
+
+class OnnxRuntimeCompiler(Compiler):
+    """Engines for any CPU that ONNX Runtime runs on."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version("onnxruntime")
+        except importlib.metadata.PackageNotFoundError:
+            raise UnavailableError(f"onnxruntime is not installed; {INSTALL}") from None
+
+    def available(self) -> str:
+        return "" if importlib.util.find_spec("onnxruntime") else f"onnxruntime is not installed; {INSTALL}"
+
+    def supports(self, hardware: HardwareSpec) -> str:
+        if hardware.kind != "cpu":
+            return f"it builds for CPUs, and {hardware.name!r} is a {hardware.kind}; pick hardware=cpu or another compiler"
+        return ""
+
+    def compile(
+        self,
+        graph: ModelGraph,
+        build: BuildSpec,
+        tensors: Tensors | None,
+        scales: Mapping[str, float],
+        workdir: Path,
+        progress: Progress | None = None,
+    ) -> CompiledEngine:
+        report = progress or (lambda stage, done, total: None)
+        if graph.dtype not in TARGETS[self.name].dtypes:
+            raise CompileError(f"onnxruntime computes in {', '.join(TARGETS[self.name].dtypes)} on a CPU, not in {graph.dtype}")
+        report("compile", 0, 2)
+        abi = abi_of(graph, build)
+        check_sources(graph.weights.values(), tensors, scales)
+        model, table = bind_later(graph)
+        report("compile", 1, 2)
+        (workdir / TABLE_FILE).write_text(json.dumps(table, sort_keys=True))
+        (workdir / "model.onnx").write_bytes(model.SerializeToString())
+        report("compile", 2, 2)
+        limits = build.limits.resolve(build.model)
+        return CompiledEngine(
+            files={"model.onnx": workdir / "model.onnx", TABLE_FILE: workdir / TABLE_FILE},
+            abi=abi,
+            weights={"table": TABLE_FILE},
+            scratch=step_scratch(graph, limits.max_tokens, limits.max_context),
+            needs={"kind": "cpu", "sm": 0, "memory": weight_bytes(graph), "packages": {"onnxruntime": self.version()}},
+        )
+
+
+def bind_later(graph: ModelGraph) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph with its weights as external initializers, and the table that says how the external file is made.
+
+    Weights with equal recipes and dtypes become one initializer, so that a tied embedding is held once.
+    """
+    from zoo.weights.bind import packed_layout
+
+    model = graph.to_onnx()
+    kept: dict[tuple[str, Any], str] = {}
+    same_as: dict[str, str] = {}
+    for weight in graph.weights.values():
+        same_as[weight.name] = kept.setdefault((weight.dtype, weight.recipe), weight.name)
+    weights = [weight for name, weight in graph.weights.items() if same_as[name] == name]
+    layout, size = packed_layout(weights)
+    place = {packed.name: packed for packed in layout}
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = same_as.get(name, name)
+    data_inputs = [value for value in model.graph.input if value.name not in graph.weights]
+    del model.graph.input[:]
+    model.graph.input.extend(data_inputs)
+    rows = []
+    for weight in weights:
+        packed = place[weight.name]
+        model.graph.initializer.append(_external(weight, packed.offset, packed.nbytes))
+        rows.append({**weight.to_json(), "offset": packed.offset, "nbytes": packed.nbytes})
+    table = {"file": WEIGHTS_FILE, "size": size, "weights": rows}
+    # The session compares this with the table it was given: an engine whose files were mixed up is refused.
+    model.metadata_props.append(onnx.StringStringEntryProto(key="zoo.weights", value=digest_of(table)))
+    return model, table
+
+
+def _external(weight: Weight, offset: int, nbytes: int) -> onnx.TensorProto:
+    proto = onnx.TensorProto(
+        name=weight.name, data_type=ONNX_TYPES[weight.dtype], dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(nbytes))):
+        proto.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+    return proto
+
+
+def check_sources(weights: Any, tensors: Tensors | None, scales: Mapping[str, float]) -> None:
+    """Raise CompileError that lists every recipe leaf the checkpoint or the calibration does not provide.
+
+    Without a checkpoint (shapes only) nothing can be compared. Reads headers, no data.
+    """
+    if tensors is None:
+        return
+    names, wrong = set(tensors.names), set()
+    for weight in weights:
+        for leaf in weight.recipe.leaves("tensor"):
+            if leaf["name"] not in names:
+                wrong.add(f"{weight.name} needs tensor {leaf['name']!r}, which the checkpoint lacks")
+            elif tuple(tensors.shape(leaf["name"])) != leaf.shape:
+                found = list(tensors.shape(leaf["name"]))
+                wrong.add(f"{weight.name} needs {leaf['name']!r} of shape {list(leaf.shape)}; the checkpoint has {found}")
+        for leaf in weight.recipe.leaves("scale"):
+            if leaf["name"] not in scales:
+                wrong.add(f"{weight.name} needs the scale {leaf['name']!r}, which calibration did not give")
+    if wrong:
+        raise CompileError("the graph and its weights do not fit:\n  " + "\n  ".join(sorted(wrong)))
+
+
+def step_scratch(graph: ModelGraph, tokens: int, context: int) -> int:
+    """Bytes of the largest attention score matrix of a step: one sequence takes all ``tokens`` at full ``context``."""
+    return max((layer.heads * tokens * context * 4 for layer in graph.layers), default=0)
+
+
+def run_reference(
+    graph: ModelGraph, feeds: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]], threads: int = 1
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Run a graph, plain or ragged, rewritten or not, as it stands: the judge of every pass and of calibration.
+
+    ``feeds`` and ``weights`` are arrays by input name; missing weights are an error of ONNX Runtime's. Gives all outputs by
+    name. Nothing is bound or packed, so this is slow and for small models.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(graph.to_onnx().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise CompileError(f"onnxruntime refuses the graph: {error}") from error
+    values = {}
+    for node in session.get_inputs():
+        array = feeds[node.name] if node.name in feeds else weights[node.name]
+        values[node.name] = _ort_value(ort, np.asarray(array))
+    names = [node.name for node in session.get_outputs()]
+    return dict(zip(names, (value.numpy() for value in session.run_with_ort_values(names, values)), strict=True))
+
+
+def _ort_value(ort: Any, array: np.ndarray[Any, Any]) -> Any:
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    code = {"bfloat16": onnx.TensorProto.BFLOAT16, "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN}.get(array.dtype.name)
+    if code is None:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    raw = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, code)
