@@ -7,14 +7,13 @@ Shape legend: B batch, S sequence (both symbolic), H heads, D head size.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zoo.checkpoints.names import recipe_for
+from zoo.checkpoints.names import recipe_for, rope_recipe
 from zoo.graph import ONNX_TYPES, LayerInfo, ModelGraph, new_graph
 from zoo.spec import ModelSpec
 from zoo.weights.recipe import Weight, slice_
@@ -53,7 +52,7 @@ class Builder:
         """The graph input of a weight by its role; see ``zoo.graph`` for the roles."""
         name = role if layer is None else f"layer.{layer}.{role}"
         if role in ("rope.cos", "rope.sin"):
-            recipe = recipe_for(dataclasses.replace(self.model, max_positions=self.positions), role)
+            recipe = rope_recipe(self.model, role.removeprefix("rope."), self.positions)
         else:
             recipe = recipe_for(self.model, role, layer)
         if role == "pos_embed" and self.positions < recipe.shape[0]:
