@@ -1,0 +1,145 @@
+"""Opening an engine: every digest is checked, then its files stand in a folder under their names."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from zoo.artifacts.entries import Entry
+from zoo.artifacts.layout import Descriptor, Layout
+from zoo.artifacts.locks import Lock
+from zoo.artifacts.manifest import EngineManifest
+from zoo.artifacts.staging import disk_errors, hash_file
+from zoo.errors import ArtifactError, DigestError
+
+HASH_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a stored engine."""
+
+    ref: str
+    file: str  # name in the artifact, or which document
+    digest: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.ref}: {self.file}: blob {self.digest} {self.reason}"
+
+
+@dataclass
+class Opened:
+    """An engine's files by name, verified. ``folder`` stays until ``close`` (or the end of the process), then ``zoo gc`` may
+    remove it. Files that are not the artifact's own may be written there, as a cache; the artifact's are read-only links.
+    """
+
+    folder: Path
+    manifest: EngineManifest
+    entry: Entry
+    _lock: Lock = field(repr=False)
+
+    def close(self) -> None:
+        """Let ``zoo gc`` have the folder. Calling it twice is allowed."""
+        self._lock.release()
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def check_blobs(layout: Layout, blobs: Iterable[tuple[str, Descriptor]], ref: str) -> list[Problem]:
+    """Read blobs (file name, descriptor) and compare them with their digests, two at a time, large ones first.
+
+    A blob that fails is marked, so that storing or pulling it again replaces it; the mark goes when it passes.
+    """
+
+    def check(item: tuple[str, Descriptor]) -> Problem | None:
+        name, blob = item
+        marker, reason = layout.bad_marker(blob.digest), ""
+        try:
+            path = layout.blob(blob.digest)
+            size = path.stat().st_size
+            if size != blob.size:
+                reason = f"does not match its digest: it has {size} bytes instead of {blob.size}"
+            elif (found := hash_file(path)) != blob.digest:
+                reason = f"does not match its digest: its bytes give {found}"
+        except FileNotFoundError:
+            return Problem(ref, name, blob.digest, "is missing")
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+        try:
+            if reason:
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+            else:
+                marker.unlink(missing_ok=True)
+        except OSError:  # a registry that is mounted read-only is verified all the same
+            pass
+        return Problem(ref, name, blob.digest, reason) if reason else None
+
+    ordered = sorted(blobs, key=lambda item: -item[1].size)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return [problem for problem in pool.map(check, ordered) if problem]
+
+
+def named_blobs(entry: Entry) -> list[tuple[str, Descriptor]]:
+    """Config and layers of an engine with their names."""
+    return [("config", entry.image.config), *entry.image.files.items()]
+
+
+def check_engine(entry: Entry) -> list[Problem]:
+    """Everything that is wrong with one engine: every blob is read, and its documents are compared with one another."""
+    try:
+        problems = check_blobs(entry.layout, named_blobs(entry), entry.ref)
+        if not problems:
+            _ = entry.manifest
+    except ArtifactError as error:
+        return [Problem(entry.ref, "manifest", entry.digest, f"cannot be used: {error}")]
+    return problems
+
+
+def open_engine(entry: Entry) -> Opened:
+    """Verify an engine and lay its files out. DigestError names every bad blob and its file."""
+    if problems := check_blobs(entry.layout, named_blobs(entry), entry.ref):
+        raise DigestError(
+            "; ".join(map(str, problems)) + f". Nothing was loaded; `zoo rm {entry.ref}`, then build or pull it again"
+        )
+    manifest = entry.manifest
+    root = entry.layout.private / "open"
+    folder = root / entry.digest.removeprefix("sha256:")
+    lock = Lock(root / f"{folder.name}.lock")
+    lock.acquire(shared=True)
+    try:
+        with disk_errors(f"opening {entry.ref}", folder):
+            for name, blob in entry.image.files.items():
+                _place(entry.layout.blob(blob.digest), folder / name, blob)
+    except BaseException:
+        lock.release()
+        raise
+    return Opened(folder, manifest, entry, lock)
+
+
+def _place(blob_path: Path, target: Path, blob: Descriptor) -> None:
+    """Make ``target`` the verified blob: a link to it, or on a file system without links a verified copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file() and not target.is_symlink() and (target.samefile(blob_path) or hash_file(target) == blob.digest):
+        return
+    temporary = target.parent / f".zoo-{secrets.token_hex(8)}"
+    try:
+        try:
+            temporary.hardlink_to(blob_path)
+        except OSError:
+            shutil.copyfile(blob_path, temporary)
+            if (found := hash_file(temporary)) != blob.digest:
+                raise DigestError(f"{target.name}: the copy of blob {blob.digest} gives {found}; is the disk sound?") from None
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
