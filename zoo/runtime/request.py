@@ -1,0 +1,189 @@
+"""What a user asks for and gets back. Names and meanings are those of vLLM's LLM API.
+
+``SamplingParams`` says how to choose tokens and when to stop. ``RequestOutput`` holds what one prompt gave,
+``CompletionOutput`` one of its ``n`` continuations. ``Piece`` is what a stream yields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.errors import RequestError
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024  # characters of one stop string
+
+
+def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (low <= value <= high) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}; it must be {what}")
+
+
+def _integer(name: str, value: Any, low: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise RequestError(f"{name} is {value!r}; it must be {what}")
+
+
+@dataclass(kw_only=True)
+class SamplingParams:
+    """How to continue a prompt. Every field is checked when the object is made and again when a request is added.
+
+    n                      continuations of each prompt; with a seed, continuation i uses seed + i
+    max_tokens             at most so many new tokens, at least 1 (0 is an error); None: up to the engine's context
+    min_tokens             no end token, stop token or stop string before so many tokens
+    temperature            0 is greedy (the most likely token); else logits are divided by it
+    top_k                  keep the k most likely tokens (ties with the last of them too); 0 or -1: all
+    top_p                  then keep the smallest set of most likely tokens whose probability reaches top_p (nucleus sampling,
+                           Holtzman et al. 2019)
+    min_p                  then drop tokens less likely than min_p times the most likely one (Nguyen et al. 2024)
+    seed                   same seed, same tokens, whatever else is in the batch; None: different each time
+    repetition_penalty     logits of tokens in the prompt or the continuation are divided by it where positive and multiplied
+                           where negative (Keskar et al. 2019); 1: none
+    presence_penalty       subtracted once from the logit of a token that the continuation has
+    frequency_penalty      subtracted as often as the continuation has the token
+    logit_bias             token id -> number added to its logit
+    stop                   strings that end the continuation; the text ends before them. Where several would match, the one
+                           completed first counts, and of those the longest
+    stop_token_ids         tokens that end the continuation, beside the model's own end tokens
+    include_stop_str_in_output   keep the stop string, or the text of the stop token, in the text
+    ignore_eos             go on after the model's end tokens
+    logprobs               None: none. k: for each token a dict {token id: log-probability} of the k most likely tokens and the
+                           chosen one (k + 1 entries when it is not among them). They are of the model's raw distribution:
+                           before temperature, penalties, bias and filters
+    skip_special_tokens    leave special tokens out of the text
+
+    Raises RequestError that names the field, what was found and what is allowed.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise RequestError for a field out of its range. The fields may have been set since the object was made."""
+        _integer("n", self.n, 1, "a whole number of at least 1")
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, "a whole number of at least 1, or None for as many as fit")
+        _integer("min_tokens", self.min_tokens, 0, "a whole number of at least 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is {self.max_tokens}")
+        _number("temperature", self.temperature, 0, math.inf, "a finite number of at least 0 (0 is greedy)")
+        _integer("top_k", self.top_k, -1, "a whole number of at least 1, or 0 or -1 for all tokens")
+        _number("top_p", self.top_p, math.ulp(0.0), 1, "above 0 and at most 1")
+        _number("min_p", self.min_p, 0, 1, "between 0 and 1")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise RequestError(f"seed is {self.seed!r}; it must be a whole number or None")
+        _number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf, "a finite number above 0 (1 is none)")
+        _number("presence_penalty", self.presence_penalty, -2, 2, "between -2 and 2")
+        _number("frequency_penalty", self.frequency_penalty, -2, 2, "between -2 and 2")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, "a whole number of at least 0, or None")
+        self._check_stops()
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a dict of token id to number")
+            for token, bias in self.logit_bias.items():
+                _integer("a token id in logit_bias", token, 0, "a whole number of at least 0")
+                _number(f"logit_bias[{token}]", bias, -100, 100, "between -100 and 100")
+
+    def _check_stops(self) -> None:
+        stops = self.stop_strings
+        if len(stops) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed")
+        for text in stops:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                shown = text if not isinstance(text, str) or len(text) < 40 else text[:40] + "..."
+                raise RequestError(f"stop has {shown!r}; stops must be strings of 1 to {MAX_STOP_LENGTH} characters")
+        for token in self.stop_token_ids or ():
+            _integer("a token id in stop_token_ids", token, 0, "a whole number of at least 0")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """``stop`` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation.
+
+    index               which of the ``n``
+    text                without the stop string and without the text of the token that stopped it
+    token_ids           every new token, the one that stopped it included
+    logprobs            one {token id: log-probability} a token, if asked for
+    cumulative_logprob  sum over the chosen tokens, if asked for
+    finish_reason       "stop": end token, stop token or stop string; "length": max_tokens or the engine's context;
+                        "error": this request failed, others went on; None: not finished
+    stop_reason         the stop string, or the id from stop_token_ids; None for the model's own end token
+    error               why it failed, when finish_reason is "error"
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    def finished(self) -> bool:
+        """Whether it ended."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """What one prompt gave. ``prompt`` is None when token ids were given; ``outputs`` has ``n`` entries."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every continuation ended."""
+        return all(output.finished() for output in self.outputs)
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one step added to one request: text that is complete so far (it may be empty) and the new tokens.
+
+    ``finish_reason``, ``stop_reason`` and ``error`` are as in ``CompletionOutput``; they come with the last piece.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last piece."""
+        return self.finish_reason is not None
