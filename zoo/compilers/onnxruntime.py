@@ -12,7 +12,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +27,14 @@ from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ONNX_TYPES, ModelGraph
 from zoo.spec import BuildSpec, HardwareSpec, digest_of
 from zoo.targets import TARGETS
-from zoo.weights.recipe import Weight
+from zoo.weights.recipe import Recipe, Weight
 
 if TYPE_CHECKING:
     from zoo.weights.reader import Tensors
 
 WEIGHTS_FILE = "weights.bin"
 TABLE_FILE = "weights.json"
+LARGEST = 256_000_000  # bytes of a matrix that is multiplied in one piece
 INSTALL = "install it with `pip install 'engine-zoo[cpu]'`"
 
 
@@ -83,42 +87,79 @@ class OnnxRuntimeCompiler(Compiler):
         )
 
 
-def bind_later(graph: ModelGraph) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def bind_later(graph: ModelGraph, largest: int = LARGEST) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The graph with its weights as external initializers, and the table that says how the external file is made.
 
-    Weights with equal recipes and dtypes become one initializer, so that a tied embedding is held once.
+    Weights with equal recipes and dtypes (a tied embedding) are packed once and mapped twice: the head's mapping goes away
+    when it has been packed, and of the embedding's only the rows that are looked up become resident. Matrices of more than
+    ``largest`` bytes are multiplied in slices of rows, because a mapped slice and its packed copy are both resident while
+    it is packed, and the head alone would add a fifth to the peak of a small model.
     """
     from zoo.weights.bind import packed_layout
 
     model = graph.to_onnx()
-    kept: dict[tuple[str, Any], str] = {}
-    same_as: dict[str, str] = {}
+    first: dict[tuple[str, Recipe], Weight] = {}
     for weight in graph.weights.values():
-        same_as[weight.name] = kept.setdefault((weight.dtype, weight.recipe), weight.name)
-    weights = [weight for name, weight in graph.weights.items() if same_as[name] == name]
-    layout, size = packed_layout(weights)
-    place = {packed.name: packed for packed in layout}
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = same_as.get(name, name)
+        first.setdefault((weight.dtype, weight.recipe), weight)
+    layout, size = packed_layout(first.values())
+    place = {(weight.dtype, weight.recipe): packed for weight, packed in zip(first.values(), layout, strict=True)}
     data_inputs = [value for value in model.graph.input if value.name not in graph.weights]
     del model.graph.input[:]
     model.graph.input.extend(data_inputs)
-    rows = []
-    for weight in weights:
-        packed = place[weight.name]
-        model.graph.initializer.append(_external(weight, packed.offset, packed.nbytes))
-        rows.append({**weight.to_json(), "offset": packed.offset, "nbytes": packed.nbytes})
+    sliced = _slice_matrices(model, graph.weights, largest)
+    for weight in graph.weights.values():
+        packed = place[weight.dtype, weight.recipe]
+        item = packed.nbytes // max(1, prod(packed.shape))
+        for name, start, shape in sliced.get(weight.name, [(weight.name, 0, weight.shape)]):
+            offset = packed.offset + start * item
+            model.graph.initializer.append(_external(name, weight.dtype, shape, offset, prod(shape) * item))
+    rows = [
+        {**weight.to_json(), "offset": packed.offset, "nbytes": packed.nbytes}
+        for weight, packed in zip(first.values(), layout, strict=True)
+    ]
     table = {"file": WEIGHTS_FILE, "size": size, "weights": rows}
     # The session compares this with the table it was given: an engine whose files were mixed up is refused.
     model.metadata_props.append(onnx.StringStringEntryProto(key="zoo.weights", value=digest_of(table)))
     return model, table
 
 
-def _external(weight: Weight, offset: int, nbytes: int) -> onnx.TensorProto:
-    proto = onnx.TensorProto(
-        name=weight.name, data_type=ONNX_TYPES[weight.dtype], dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL
-    )
+def _slice_matrices(
+    model: onnx.ModelProto, weights: Mapping[str, Weight], largest: int
+) -> dict[str, list[tuple[str, int, tuple[int, ...]]]]:
+    """Turn x @ W.T with a large W [out, in] into the concatenation of x @ slice.T over slices of W's rows.
+
+    Gives weight -> [(name of the slice, its first element, its shape)]. Only weights that one such node alone reads.
+    """
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    sliced: dict[str, list[tuple[str, int, tuple[int, ...]]]] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "FusedMatMul" else None
+        flags = {attribute.name: attribute.i for attribute in node.attribute}
+        whole = weight and len(weight.shape) == 2 and readers[weight.name] == 1 and flags.get("transB") == 1
+        parts = -(-4 * prod(weight.shape) // largest) if weight and whole else 1
+        if weight is None or parts < 2:
+            nodes.append(node)
+            continue
+        out, width = weight.shape
+        edges = [out * part // parts for part in range(parts + 1)]
+        sliced[weight.name] = []
+        for part, (start, stop) in enumerate(pairwise(edges)):
+            name = f"{weight.name}.part{part}"
+            sliced[weight.name].append((name, start * width, (stop - start, width)))
+            piece = onnx.NodeProto()
+            piece.CopyFrom(node)
+            piece.name, piece.input[1], piece.output[0] = f"{node.name}.part{part}", name, f"{node.output[0]}.part{part}"
+            nodes.append(piece)
+        pieces = [f"{node.output[0]}.part{part}" for part in range(parts)]
+        nodes.append(onnx.helper.make_node("Concat", pieces, [node.output[0]], name=f"{node.name}.joined", axis=-1))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return sliced
+
+
+def _external(name: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> onnx.TensorProto:
+    proto = onnx.TensorProto(name=name, data_type=ONNX_TYPES[dtype], dims=shape, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(nbytes))):
         proto.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
     return proto
