@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -68,10 +69,11 @@ def _is(path: Path, descriptor: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and links in a folder survive a power cut."""
+    """Make renames and links in a folder survive a power cut. They are visible already: a refusal takes nothing back."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
