@@ -26,7 +26,7 @@ from typing import Any
 
 from zoo.artifacts.manifest import Engine, EngineManifest
 from zoo.artifacts.registry import Entry, Registry, default_root
-from zoo.checkpoints import Checkpoint, check_config, check_tensors
+from zoo.checkpoints import Checkpoint, check_config, check_tensors, fit_names
 from zoo.compilers import COMPILERS
 from zoo.errors import ConfigError, UnavailableError
 from zoo.graph import ModelGraph
@@ -76,14 +76,19 @@ def sources_digest() -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def open_checkpoint(spec: BuildSpec) -> Checkpoint | None:
-    """The model's checkpoint, compared with the spec; None when the spec names none."""
+def open_checkpoint(spec: BuildSpec) -> tuple[BuildSpec, Checkpoint | None]:
+    """The model's checkpoint, compared with the spec; None when the spec names none.
+
+    Some exports of one model put a prefix before every tensor name and some do not: the spec comes back with the names
+    that this checkpoint uses.
+    """
     if not spec.model.checkpoint:
-        return None
+        return spec, None
     checkpoint = Checkpoint.open(Path(spec.model.checkpoint))
     check_config(spec.model, checkpoint)
-    check_tensors(spec.model, checkpoint.tensors)
-    return checkpoint
+    model = fit_names(spec.model, checkpoint.tensors)
+    check_tensors(model, checkpoint.tensors)
+    return dataclasses.replace(spec, model=model), checkpoint
 
 
 def identify(spec: BuildSpec, checkpoint: Checkpoint | None) -> Identity:
@@ -129,7 +134,7 @@ def build(spec: BuildSpec, registry: Registry | None = None, progress: Progress 
     report = progress or (lambda stage, done, total: None)
     registry = registry or Registry(Path(spec.registry) if spec.registry else default_root())
     report("check", 0, 0)
-    checkpoint = open_checkpoint(spec)
+    spec, checkpoint = open_checkpoint(spec)
     identity = identify(spec, checkpoint)
     if found := registry.find_build(spec.model.name, identity.version, identity.build):
         return BuildResult(found, False, 0.0)

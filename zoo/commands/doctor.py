@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
+from typing import Any
 
 from zoo.commands.output import open_registry, print_json, print_table
 from zoo.resources import available_memory, size_text
@@ -39,7 +40,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         "registry": str(registry.root),
         "gpus": [{"name": gpu.name, "sm": gpu.sm, "memory": gpu.memory, "driver": gpu.driver} for gpu in machine.gpus],
         "packages": {name: _version(name) for name in PACKAGES},
-        "compilers": _compilers(),
+        "compilers": _compilers({gpu.sm for gpu in machine.gpus}),
     }
     if arguments.json:
         print_json(data)
@@ -65,16 +66,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compilers() -> dict[str, dict[str, object]]:
+def _compilers(sms: set[int]) -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("onnx_graphsurgeon") is None or importlib.util.find_spec("hydra") is None:
         text = "no builder here: pip install 'engine-zoo[build]'"
         return {"all": {"state": text, "hardware": [], "runs": ""}}
     from zoo.compilers import COMPILERS
     from zoo.config import hardware_specs
+    from zoo.targets import TARGETS
 
-    out: dict[str, dict[str, object]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for name, compiler in COMPILERS.items():
         reason = compiler.available()
         fits = [hardware.name for hardware in hardware_specs() if name in hardware.compilers and not compiler.supports(hardware)]
-        out[name] = {"state": reason or f"ready, {compiler.version()}", "hardware": fits, "runs": compiler.runnable() or "yes"}
+        wanted = TARGETS[name].sms
+        runs = "yes" if not wanted or sms & set(wanted) else "no: no GPU it builds for"
+        out[name] = {"state": reason or f"ready, {compiler.version()}", "hardware": fits, "runs": runs}
     return out
