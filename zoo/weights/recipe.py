@@ -108,7 +108,7 @@ def tensor(name: str, shape: Sequence[int]) -> Recipe:
     return Recipe("tensor", tuple(shape), (), (name,))
 
 
-def computed(kind: str, shape: Sequence[int], **params: Any) -> Recipe:
+def computed(kind: str, shape: Sequence[int], /, **params: Any) -> Recipe:
     """A table that is calculated, such as rotary cosines; ``params`` are plain numbers and strings."""
     return Recipe("computed", tuple(shape), (), (kind, _freeze(params)))
 
