@@ -34,7 +34,7 @@ class SamplingParams:
     n                      continuations of each prompt; with a seed, continuation i uses seed + i
     max_tokens             at most so many new tokens, at least 1 (0 is an error); None: up to the engine's context
     min_tokens             no end token, stop token or stop string before so many tokens
-    temperature            0 is greedy (the most likely token); else logits are divided by it
+    temperature            0 (below 1e-5) is greedy, the most likely token; else logits are divided by it
     top_k                  keep the k most likely tokens (ties with the last of them too); 0 or -1: all
     top_p                  then keep the smallest set of most likely tokens whose probability reaches top_p (nucleus sampling,
                            Holtzman et al. 2019)
