@@ -122,8 +122,21 @@ def run_without(modules: list[str], code: str) -> None:
 
 
 def test_serving_needs_no_builder() -> None:
-    builder = ["hydra", "omegaconf", "onnx", "onnx_graphsurgeon", "torch", "transformers", "safetensors", "tensorrt_rtx", "tensorrt"]
-    run_without(builder, "import zoo.llm, zoo.runtime.engine, zoo.runtime.sessions, zoo.artifacts.registry, zoo.cli, zoo.commands.generate")
+    builder = [
+        "hydra",
+        "omegaconf",
+        "onnx",
+        "onnx_graphsurgeon",
+        "torch",
+        "transformers",
+        "safetensors",
+        "tensorrt_rtx",
+        "tensorrt",
+    ]
+    run_without(
+        builder,
+        "import zoo.llm, zoo.runtime.engine, zoo.runtime.sessions, zoo.artifacts.registry, zoo.cli, zoo.commands.generate",
+    )
 
 
 def test_building_needs_no_torch() -> None:
@@ -136,5 +149,22 @@ def test_public_surface() -> None:
 
     assert sorted(zoo.__all__) == ["LLM", "SamplingParams", "__version__"]
     assert sorted(COMMANDS) == sorted(
-        ["engines", "list", "show", "diff", "pull", "push", "verify", "rm", "gc", "add", "graph", "plan", "doctor", "generate", "serve", "bench"]
+        [
+            "engines",
+            "list",
+            "show",
+            "diff",
+            "pull",
+            "push",
+            "verify",
+            "rm",
+            "gc",
+            "add",
+            "graph",
+            "plan",
+            "doctor",
+            "generate",
+            "serve",
+            "bench",
+        ]
     )

@@ -125,7 +125,9 @@ def rewrite(spec: BuildSpec, dump: Path | None = None) -> ModelGraph:
     return run_passes(graph, spec, TARGETS[spec.compiler], dump)
 
 
-def build(spec: BuildSpec, registry: Registry | None = None, progress: Progress | None = None, dump: Path | None = None) -> BuildResult:
+def build(
+    spec: BuildSpec, registry: Registry | None = None, progress: Progress | None = None, dump: Path | None = None
+) -> BuildResult:
     """Build and store the engine of a spec, or find it stored.
 
     Raises ZooError with what to do: a checkpoint that does not fit, a compiler that is not here, too little memory or

@@ -45,7 +45,12 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name in ("engines", "graph", "plan"):
         add("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as models=zoo-demo quant=fp8 hardware=l40s")
     if name == "engines":
-        add("-m", "--multirun", action="store_true", help="expand comma lists: hardware=l40s,rtx-4090; a lone + starts another set")
+        add(
+            "-m",
+            "--multirun",
+            action="store_true",
+            help="expand comma lists: hardware=l40s,rtx-4090; a lone + starts another set",
+        )
         add("--dump", metavar="DIR", help="write the graph after each phase of rewriting there")
     if name == "graph":
         add("-o", "--output", metavar="FILE", required=True, help="the ONNX file to write")
@@ -103,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for a user's error, 2 for a wrong command line, 130 when interrupted."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr, format="zoo: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr, format="zoo: %(message)s"
+    )
     module, function, _ = COMMANDS[arguments.command]
     try:
         result: int | None = getattr(importlib.import_module(f"zoo.commands.{module}"), function)(arguments)

@@ -61,6 +61,12 @@ class StageProgress:
 @contextmanager
 def progress_bars() -> Iterator[StageProgress]:
     """Progress on stderr; on something that is not a terminal only the finished lines are written."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TextColumn("{task.fields[stage]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         yield StageProgress(progress)
