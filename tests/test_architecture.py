@@ -39,8 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "": {"llm", "runtime"},  # zoo/__init__.py
 }
 # Imports that only happen inside a function, so that one wing starts without the other.
-LAZY_ONLY = {("llm", "build"), ("commands", "build"), ("commands", "config"), ("commands", "planning"), ("commands", "llm"),
-             ("commands", "serving"), ("commands", "compilers"), ("commands", "graph_templates"), ("commands", "checkpoints")}  # fmt: skip
+LAZY_ONLY = {("llm", "build")} | {
+    ("commands", room)
+    for room in ("build", "config", "planning", "llm", "serving", "compilers", "graph_templates", "checkpoints")
+}
 # Third-party packages that only these rooms may import.
 OWNED = {
     "hydra": {"config"},

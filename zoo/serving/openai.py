@@ -27,7 +27,7 @@ MAX_PROMPTS = 128
 # Field of a request body -> SamplingParams field.
 FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
 KNOWN = {*FIELDS, "model", "prompt", "stream", "stream_options", "echo", "n", "user", "best_of", "suffix"}
 
