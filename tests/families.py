@@ -11,14 +11,20 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 import transformers
 
+from zoo.graph import ModelGraph
 from zoo.spec import ModelSpec, RopeSpec, TensorNames
+from zoo.weights.bind import NUMPY, materialize
+from zoo.weights.reader import Tensors
 
 torch.set_num_threads(1)
 BEGIN, END = 256, 257
@@ -166,17 +172,14 @@ def reference_logits(folder: Path, token_ids: list[int]) -> np.ndarray:
 
 
 def reference_greedy(folder: Path, prompt: list[int], tokens: int) -> list[int]:
-    """The greedy continuation of exactly ``tokens`` tokens, end tokens taken as any other."""
-    model = reference(folder)
+    """The greedy continuation of exactly ``tokens`` tokens through transformers' own cache; end tokens count as any other."""
+    model, cache, ids, out = reference(folder), None, prompt, []
     with torch.no_grad():
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-            ),
-        )
-    return out[0, len(prompt) :].tolist()
+        for _ in range(tokens):
+            step = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            cache, ids = step.past_key_values, [int(step.logits[0, -1].argmax())]
+            out += ids
+    return out
 
 
 def prompt(folder: Path, length: int, seed: int = 0) -> list[int]:
@@ -279,3 +282,40 @@ def spec(folder: Path) -> ModelSpec:
         tie_embeddings=c["tie_word_embeddings"],
         tensors=LLAMA_NAMES,
     )
+
+
+class Plain:
+    """A float32 graph with [batch, sequence] inputs in ONNX Runtime, its weights fed as inputs; one thread."""
+
+    def __init__(self, graph: ModelGraph, tensors: Tensors, scales: Mapping[str, float] | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        model = graph.to_onnx()
+        onnx.checker.check_model(model, full_check=True)
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.weights = {name: ort_value(materialize(weight, tensors, scales or {})) for name, weight in graph.weights.items()}
+
+    def logits(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits [B, S, V] of rows of equal length."""
+        ids = np.asarray(token_ids, dtype=np.int64)
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+        feeds = {"token_ids": ort_value(ids), "positions": ort_value(np.ascontiguousarray(positions))}
+        wanted = {given.name for given in self.session.get_inputs()}
+        feeds = {name: value for name, value in (self.weights | feeds).items() if name in wanted}
+        return self.session.run_with_ort_values(["logits"], feeds)[0].numpy()
+
+    def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """The greedy continuation, the whole sequence computed anew for each token."""
+        ids = list(prompt)
+        for _ in range(tokens):
+            ids.append(int(self.logits([ids])[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+
+def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """An array of any dtype, float8 included, as ONNX Runtime holds it."""
+    kinds = {NUMPY["float8e4m3"]: onnx.TensorProto.FLOAT8E4M3FN, NUMPY["bfloat16"]: onnx.TensorProto.BFLOAT16}
+    if array.dtype in kinds:
+        raw = array.view(np.uint8 if array.dtype.itemsize == 1 else np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, kinds[array.dtype])
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -58,6 +58,22 @@ def read_linear(graph: ModelGraph, node: gs.Node) -> Linear | str:
         if bias is not None and bias.shape == weight.shape[1:] and len(others[0].outputs) == 1:
             return Linear(node, add, weight, bias)
     return Linear(node, None, weight, None)
+
+
+def linears(graph: ModelGraph) -> Iterator[Linear]:
+    """Every linear layer that is still a MatMul, in graph order."""
+    for node in graph.graph.nodes:
+        if node.op == "MatMul" and not isinstance(linear := read_linear(graph, node), str):
+            yield linear
+
+
+def activation_names(graph: ModelGraph) -> dict[str, str]:
+    """Linear layer -> the name of the activation that it reads: ``{first layer that reads it}.x``.
+
+    Calibration asks the same function, so that what it measures is what the FP8 pass asks for, whatever is skipped.
+    """
+    first: dict[int, str] = {}
+    return {linear.name: first.setdefault(id(linear.input), f"{linear.name}.x") for linear in linears(graph)}
 
 
 def role_of(name: str) -> str:

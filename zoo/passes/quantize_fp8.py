@@ -10,14 +10,12 @@ same tensor share its scale, named after the first of them. A bias stays the Add
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx_graphsurgeon as gs
 
 from zoo.errors import PassError
 from zoo.graph import Miss, ModelGraph, PassReport
 from zoo.passes.frame import Pass, PassContext
-from zoo.passes.linears import GROUPS, ROLES, Linear, keep_weight_order, read_linear, role_of
+from zoo.passes.linears import GROUPS, ROLES, Linear, activation_names, keep_weight_order, read_linear, role_of
 from zoo.plugins.fp8_linear import PLUGIN
 from zoo.spec import BuildSpec
 from zoo.targets import Target
@@ -73,22 +71,6 @@ class QuantizeFp8(Pass):
                 dtypes = [graph.weights[tensor.name].dtype for tensor in node.inputs[1:] if tensor.name in graph.weights]
                 if dtypes != ["float8e4m3", "float32", "float32"]:
                     raise PassError(f"{node.name}: weight, weight_scale and x_scale must be weights, found {dtypes}")
-
-
-def linears(graph: ModelGraph) -> Iterator[Linear]:
-    """Every linear layer that is not quantized yet, in graph order."""
-    for node in graph.graph.nodes:
-        if node.op == "MatMul" and not isinstance(linear := read_linear(graph, node), str):
-            yield linear
-
-
-def activation_names(graph: ModelGraph) -> dict[str, str]:
-    """Linear layer -> the name of the activation that it reads: ``{first layer that reads it}.x``.
-
-    Calibration asks the same function, so that what it measures is what the pass asks for, whatever is skipped.
-    """
-    first: dict[int, str] = {}
-    return {linear.name: first.setdefault(id(linear.input), f"{linear.name}.x") for linear in linears(graph)}
 
 
 def _skipped(name: str, skip: tuple[str, ...]) -> str:
