@@ -22,7 +22,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
         worker = Worker(llm.engine)
-        app = Server(llm.model, worker, llm.encode, llm.default_params()).app()
+        app = Server(llm.ref.partition(":")[0], worker, llm.encode, llm.default_params()).app()
         where = f"http://{arguments.host}:{arguments.port}"
         if arguments.host not in ("127.0.0.1", "localhost", "::1"):
             stderr.print(
