@@ -1,0 +1,166 @@
+"""Composed data -> a resolved ``BuildSpec``. Impossible combinations are refused here, with what would be possible."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.config import files
+from zoo.errors import ConfigError
+from zoo.spec import COMPILERS, DTYPES, BuildSpec, HardwareSpec, Limits, ModelSpec, ParallelSpec, QuantSpec
+from zoo.targets import TARGETS
+
+if TYPE_CHECKING:
+    from zoo.config.loader import Composed
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+
+
+def compose(overrides: Sequence[str] = (), conf: Path | None = None) -> BuildSpec:
+    """One BuildSpec from Hydra overrides, such as ``models=gpt2`` or ``limits.max_tokens=256``.
+
+    Raises ConfigError with file or override, key, what was found and what is allowed. Opens no checkpoint.
+    """
+    return _compose(list(overrides), files.conf_dirs(conf), conf)
+
+
+def compose_sweep(overrides: Sequence[str], conf: Path | None = None) -> list[BuildSpec]:
+    """One BuildSpec for each combination of comma lists, as ``zoo engines -m hardware=l40s,rtx-4090`` means them."""
+    from zoo.config.loader import expand_sweep
+
+    folders = files.conf_dirs(conf)
+    return [_compose(chosen, folders, conf) for chosen in expand_sweep(overrides, folders)]
+
+
+def compose_model(text: str, overrides: Sequence[str] = (), conf: Path | None = None) -> BuildSpec:
+    """Compose a model that stands in no conf folder: ``text`` is its YAML, as ``zoo.checkpoints.adopt`` writes it."""
+    found = re.search(r"^name: *[\"']?([\w.-]+)", text, re.MULTILINE)
+    if not found or not NAME.fullmatch(found[1]):
+        raise ConfigError("the model's YAML has no usable name; names are lower case letters, digits, dots and dashes")
+    with tempfile.TemporaryDirectory(prefix="zoo-conf-") as folder:
+        (Path(folder) / "models").mkdir()
+        (Path(folder) / "models" / f"{found[1]}.yaml").write_text(text, encoding="utf-8")
+        return _compose([f"models={found[1]}", *overrides], [Path(folder), *files.conf_dirs(conf)], conf)
+
+
+def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> BuildSpec:
+    from zoo.config.loader import load
+
+    composed = load(overrides, folders)
+    data = composed.data
+    model = _model(composed)
+    quant: QuantSpec = files.to_spec(QuantSpec, data["quant"], "quant")
+    hardware: HardwareSpec = files.to_spec(HardwareSpec, data["hardware"], "hardware")
+    parallel: ParallelSpec = files.to_spec(ParallelSpec, data["parallel"], "parallel")
+    limits: Limits = files.to_spec(Limits, data["limits"], "limits")
+    if parallel.tp > 1 or parallel.pp > 1:
+        raise ConfigError(f"parallel {parallel.name!r}: engines over several GPUs are not built yet; use parallel=tp1")
+    for role in quant.skip:
+        if role not in LINEARS:
+            raise ConfigError(f"quant {quant.name!r}: skip names {role!r}; linear roles are {', '.join(LINEARS)}")
+    if quant.method not in hardware.quants:
+        able = [spec.name for spec in files.hardware_specs(conf) if quant.method in spec.quants]
+        raise ConfigError(
+            f"quant {quant.name!r} cannot run on hardware {hardware.name!r}"
+            f"{f' (SM {hardware.sm // 10}.{hardware.sm % 10})' if hardware.sm else ''}: it runs {', '.join(hardware.quants)}; "
+            f"choose quant=none, or hardware that runs {quant.method}: {', '.join(able)}"
+        )
+    compiler = _compiler(data["compiler"], hardware)
+    dtype = _dtype(data["dtype"], model, hardware, compiler)
+    if data["threads"] < 0:
+        raise ConfigError(f"{composed.origin('threads')}: threads is {data['threads']}; it must be at least 0 (0: all)")
+    return BuildSpec(
+        model=model,
+        quant=quant,
+        hardware=hardware,
+        parallel=parallel,
+        limits=limits.resolve(model),
+        compiler=compiler,
+        dtype=dtype,
+        threads=data["threads"] if hardware.kind == "cpu" else 0,  # a GPU engine has no use for them
+        registry=data["registry"]["path"],
+        overrides=tuple(overrides),
+    )
+
+
+def _model(composed: Composed) -> ModelSpec:
+    data = dict(composed.data["model"])
+    del data["config"], data["architectures"]
+    where = composed.origin("model.name")
+    if data.get("checkpoint"):
+        data["checkpoint"] = str(_checkpoint(composed, str(data["checkpoint"])))
+    model: ModelSpec = files.to_spec(ModelSpec, data, f"{where}: model")
+    if not NAME.fullmatch(model.name):
+        raise ConfigError(
+            f"{where}: model.name is {model.name!r}; names are lower case letters and digits, with dots and dashes inside"
+        )
+    rope = model.rope
+    if model.position == "rope" and (rope.theta <= 0 or rope.factor <= 0 or not 0 < rope.fraction <= 1):
+        raise ConfigError(f"{where}: model.rope needs theta > 0, factor > 0 and 0 < fraction <= 1; found {rope}")
+    if rope.kind == "llama3" and (rope.original_max_positions < 1 or rope.high_freq_factor <= rope.low_freq_factor):
+        raise ConfigError(
+            f"{where}: model.rope of kind llama3 needs original_max_positions, and high_freq_factor over low_freq_factor"
+        )
+    if model.window < 0 or any(not 0 <= layer < model.num_layers for layer in model.window_layers):
+        raise ConfigError(f"{where}: model.window must be at least 0, and window_layers between 0 and {model.num_layers - 1}")
+    if model.window_layers and not model.window:
+        raise ConfigError(f"{where}: model.window_layers is set but model.window is 0; set both or neither")
+    if not model.norm_eps > 0:
+        raise ConfigError(f"{where}: model.norm_eps is {model.norm_eps}; it must be more than 0")
+    return model
+
+
+def _checkpoint(composed: Composed, named: str) -> Path:
+    """A relative checkpoint is meant from the folder that holds conf, or, in an override, from where the user is."""
+    path = Path(named).expanduser()
+    if path.is_absolute() or composed.origin("model.checkpoint").startswith("override"):
+        return path.absolute()
+    file = composed.file_of("model.checkpoint")
+    return (file.folder.parent if file else Path.cwd()) / path
+
+
+def _compiler(chosen: Any, hardware: HardwareSpec) -> str:
+    built = {name: _why_not(name, hardware) for name in hardware.compilers}
+    able = [name for name, reason in built.items() if not reason]
+    if chosen is None:
+        if not able:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in built.items())
+            raise ConfigError(f"hardware {hardware.name!r}: none of its compilers can build for it: {reasons}")
+        return able[0]
+    if chosen not in COMPILERS:
+        raise ConfigError(f"compiler {chosen!r}: pick one of {', '.join(able)} for hardware {hardware.name!r}")
+    if chosen not in able:
+        reason = built.get(chosen, "not among the compilers of this hardware")
+        raise ConfigError(
+            f"compiler {chosen!r} for hardware {hardware.name!r}: {reason}; pick one of {', '.join(able) or 'none'}"
+        )
+    return str(chosen)
+
+
+def _why_not(compiler: str, hardware: HardwareSpec) -> str:
+    """Why a compiler cannot build for a piece of hardware; empty when it can."""
+    target = TARGETS.get(compiler)
+    if target is None:
+        return "this compiler is not built yet"
+    if hardware.kind == "gpu" and hardware.sm not in target.sms:
+        sms = ", ".join(f"{sm // 10}.{sm % 10}" for sm in target.sms)
+        return f"it builds for SM {sms}, not {hardware.sm // 10}.{hardware.sm % 10}" if sms else "it builds for no GPU"
+    if not set(target.dtypes) & set(hardware.dtypes):
+        return f"it computes in {', '.join(target.dtypes)}, the hardware in {', '.join(hardware.dtypes)}"
+    return ""
+
+
+def _dtype(chosen: Any, model: ModelSpec, hardware: HardwareSpec, compiler: str) -> str:
+    common = [dtype for dtype in hardware.dtypes if dtype in TARGETS[compiler].dtypes]
+    if chosen is None:
+        return model.dtype if model.dtype in common else common[0]
+    if chosen not in common:
+        known = "" if chosen in DTYPES else f" (known are {', '.join(DTYPES)})"
+        raise ConfigError(
+            f"dtype {chosen!r}{known}: compiler {compiler!r} on hardware {hardware.name!r} computes in {', '.join(common)}; pick one"
+        )
+    return str(chosen)
