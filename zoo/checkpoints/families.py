@@ -191,8 +191,11 @@ def _window(config: dict[str, Any], defaults: dict[str, Any], rule: str, layers:
     if rule == "all" or not _is_count(layers):
         return {"window": window, "window_layers": []}
     if types is None:
-        start = {**defaults, **config}.get("max_window_layers")
-        types = ["sliding_attention" if _is_count(start) and layer >= start else "full_attention" for layer in range(layers)]
+        start: Any = {**defaults, **config}.get("max_window_layers")
+        if not _is_count(start):
+            problems.append(f"max_window_layers is {start!r}; it must be a whole number")
+            return full
+        types = ["sliding_attention" if layer >= start else "full_attention" for layer in range(layers)]
     if len(types) != layers:
         problems.append(f"layer_types names {len(types)} layers of {layers}")
     chosen = [layer for layer, one in enumerate(types) if one == "sliding_attention"]

@@ -140,11 +140,11 @@ def check_tensors(model: ModelSpec, tensors: Tensors) -> None:
     known = _known(model)
     extra = []
     for name in sorted(present - set(wanted)):
-        role = known.get(name)
-        if role == "lm_head" and model.tie_embeddings:
+        known_role = known.get(name)
+        if known_role == "lm_head" and model.tie_embeddings:
             continue  # a copy of the embedding, which the tied head reads
         if not any(re.fullmatch(pattern, name) for pattern in _ignored(model)):
-            why = f" (it would be {role}, which the model's options leave out)" if role else ""
+            why = f" (it would be {known_role}, which the model's options leave out)" if known_role else ""
             extra.append(f"{name} {list(tensors.shape(name))}{why}")
     floats = [
         f"{name}: {tensors.dtype(name)}; expected bfloat16, float16 or float32"

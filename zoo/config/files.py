@@ -66,7 +66,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML file as plain data, interpolations unresolved and checked."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

@@ -26,7 +26,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from zoo.config import files
 from zoo.config.schema import GROUPS, Root, check, check_references, did_you_mean, hints_of, kind_of
@@ -148,7 +148,7 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
         if package and not family and result.header.get("package") != package:
             raise ConfigError(f"{where}: the first line must be '# @package {package}', so that its keys stand at {package}.*")
         check(data, hints_of(Root)[package] if package else Root, package, where)
-        self.loaded.append(Loaded(folder, path, package, data))
+        self.loaded.append(Loaded(folder, path, package, {str(key): value for key, value in data.items()}))
         return result
 
 

@@ -161,6 +161,6 @@ def _dtype(chosen: Any, model: ModelSpec, hardware: HardwareSpec, compiler: str)
     if chosen not in common:
         known = "" if chosen in DTYPES else f" (known are {', '.join(DTYPES)})"
         raise ConfigError(
-            f"dtype {chosen!r}{known}: compiler {compiler!r} on hardware {hardware.name!r} computes in {', '.join(common)}; pick one"
+            f"dtype {chosen!r}{known}: compiler {compiler!r} on hardware {hardware.name!r} computes in {', '.join(common)}"
         )
     return str(chosen)

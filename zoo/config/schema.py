@@ -81,8 +81,8 @@ Root: type = dataclasses.make_dataclass(
         ("parallel", ParallelNode, dataclasses.field(default_factory=ParallelNode)),
         ("registry", RegistryNode, dataclasses.field(default_factory=RegistryNode)),
         ("limits", LimitsNode, dataclasses.field(default_factory=LimitsNode)),
-        ("compiler", typing.Optional[str], None),  # noqa: UP045: make_dataclass wants a type object
-        ("dtype", typing.Optional[str], None),  # noqa: UP045
+        ("compiler", str | None, None),
+        ("dtype", str | None, None),
         ("threads", int, 0),
     ],
 )
@@ -178,7 +178,7 @@ def check_references(data: Any, key: str, where: str) -> None:
             check_references(value, f"{key}[{number}]", where)
     elif isinstance(data, str) and "${" in REFERENCE.sub("", data):
         raise ConfigError(
-            f"{where}: {key or 'defaults'} is {data!r}; only references to config keys are allowed, such as ${{limits.max_tokens}}: "
+            f"{where}: {key or 'defaults'} is {data!r}; it may refer to config keys only, such as ${{limits.max_tokens}}; "
             "no environment variables and no resolvers, since the resolved spec is published with the engine"
         )
 

@@ -1,8 +1,7 @@
 """Carrying recipes out: one weight as an array, or a whole table as the packed weight file of an engine.
 
-A recipe is evaluated box by box: a tile of the result asks its inputs for just the part it needs, down to views of the
-mapped checkpoint. So a weight of any size takes a few megabytes of memory, transposes are done blockwise, and bfloat16
-becomes float32 at memory speed.
+``evaluate.py`` makes a weight tile by tile; here tiles become arrays and files. A packed file is written by a few threads
+and takes a few megabytes of memory, whatever its size.
 """
 
 from __future__ import annotations
@@ -11,24 +10,22 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from zoo.errors import ArtifactError, CheckpointError, ResourceError
+from zoo.errors import ResourceError
+from zoo.weights.evaluate import Box, Maker, cut, tiles_of
 from zoo.weights.reader import NUMPY, Array, Tensors
-from zoo.weights.recipe import FLOAT8_MAX, Recipe, Weight
+from zoo.weights.recipe import Weight
 from zoo.weights.tables import TABLES
 
 __all__ = ["NUMPY", "TABLES", "Packed", "materialize", "packed_layout", "write_packed"]
 
-TILE = 4 << 20  # bytes of result that one step makes
-BLOCK = 128  # rows and columns of a transposed block: 32 KB of bfloat16 in, 64 KB of float32 out, within L2
 WORKERS = 2
-Box = tuple[slice, ...]  # start and stop for each axis
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -60,14 +57,14 @@ def materialize(weight: Weight, tensors: Tensors | None, scales: Mapping[str, fl
     ``tensors`` may be None for weights that read no checkpoint. Raises CheckpointError when a tensor is missing or has
     another shape than the recipe says, or when values do not fit the dtype; ArtifactError for a malformed recipe.
     """
-    maker = _Maker(tensors, scales)
+    maker = Maker(tensors, scales)
     dtype = NUMPY[weight.dtype]
     plain = maker.whole_view(weight.recipe)
     if plain is not None and plain.dtype == dtype and plain.flags.c_contiguous and plain.flags.aligned:
         return plain
     out: Array = np.empty(weight.shape, dtype)
-    for box in _tiles(weight, maker):
-        maker.fill(weight, box, out[(*box, ...)])
+    for box in tiles_of(weight, maker):
+        maker.fill(weight, box, cut(out, box))
     return out
 
 
@@ -96,7 +93,7 @@ def write_packed(
     try:
         with aside.open("xb", buffering=0) as file:
             file.truncate(total)
-            _write_all(file.fileno(), weights, layout, _Maker(tensors, scales), progress, total)
+            _write_all(file.fileno(), weights, layout, Maker(tensors, scales), progress, total)
             if sync:
                 os.fsync(file.fileno())
         aside.replace(path)
@@ -109,7 +106,7 @@ def write_packed(
 
 
 def _write_all(
-    target: int, weights: Sequence[Weight], layout: Sequence[Packed], maker: _Maker, progress: Progress | None, total: int
+    target: int, weights: Sequence[Weight], layout: Sequence[Packed], maker: Maker, progress: Progress | None, total: int
 ) -> None:
     """Tiles go to a few threads (numpy releases the interpreter lock); a queue of them is kept, so memory is bounded."""
     done = 0
@@ -128,7 +125,8 @@ def _write_all(
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             for weight, place in zip(weights, layout, strict=True):
-                for box in _tiles(weight, maker):
+                maker.prepare(weight)
+                for box in tiles_of(weight, maker):
                     pending[pool.submit(_write_tile, target, weight, place, box, maker)] = None
                     collect(2 * WORKERS)
                 collect(0)
@@ -141,7 +139,7 @@ def _write_all(
         progress(total, total)
 
 
-def _write_tile(target: int, weight: Weight, place: Packed, box: Box, maker: _Maker) -> int:
+def _write_tile(target: int, weight: Weight, place: Packed, box: Box, maker: Maker) -> int:
     shape = tuple(part.stop - part.start for part in box)
     out: Array = np.empty(shape, NUMPY[place.dtype])
     maker.fill(weight, box, out)
@@ -158,219 +156,7 @@ def _write_tile(target: int, weight: Weight, place: Packed, box: Box, maker: _Ma
 
 
 def _pwrite(target: int, raw: Array, offset: int) -> None:
-    view = memoryview(raw)
+    view = memoryview(raw.data)
     while view.nbytes:
         count = os.pwrite(target, view, offset)
         view, offset = view[count:], offset + count
-
-
-def _tiles(weight: Weight, maker: _Maker) -> Iterator[Box]:
-    """Boxes of at most ``TILE`` bytes that cover a weight: whole rows, or blocks where rows are long and transposed."""
-    shape = weight.shape
-    if not shape:
-        yield ()
-        return
-    if 0 in shape:
-        return
-    item = max(NUMPY[weight.dtype].itemsize, 4)
-    row = math.prod(shape[1:]) * item
-    rest = tuple(slice(0, size) for size in shape[1:])
-    rows = max(1, TILE // row)
-    if len(shape) == 2 and rows < BLOCK and maker.turns(weight.recipe):
-        rows = min(shape[0], 4 * BLOCK)
-        columns = max(BLOCK, TILE // (rows * item) // BLOCK * BLOCK)
-        for start in range(0, shape[1], columns):
-            for top in range(0, shape[0], rows):
-                yield slice(top, min(top + rows, shape[0])), slice(start, min(start + columns, shape[1]))
-        return
-    for top in range(0, shape[0], rows):
-        yield slice(top, min(top + rows, shape[0])), *rest
-
-
-class _Maker:
-    """Evaluates boxes of recipes. Safe to share between threads once a weight's channel scales are known."""
-
-    def __init__(self, tensors: Tensors | None, scales: Mapping[str, float]) -> None:
-        self.tensors, self.scales = tensors, scales
-        self.kept: dict[Recipe, Array] = {}  # small whole results: channel scales and computed tables
-
-    def fill(self, weight: Weight, box: Box, out: Array) -> None:
-        """Make one box of a weight, cast to its dtype, in ``out``."""
-        made = self.box(weight.recipe, box)
-        if made.shape != out.shape:
-            raise ArtifactError(
-                f"weight {weight.name!r}: its recipe gives {made.shape}, expected {out.shape}; rebuild the engine"
-            )
-        try:
-            _cast(made, out)
-        except FloatingPointError:
-            raise CheckpointError(
-                f"weight {weight.name!r}: values beyond the range of {weight.dtype}; build with dtype=bfloat16 or float32"
-            ) from None
-
-    def forget(self, weight: Weight) -> None:
-        """Let go of what a weight kept, and of the pages it read."""
-        self.kept.clear()
-        if self.tensors:
-            for leaf in weight.recipe.leaves():
-                self.tensors.release(leaf["name"])
-
-    def turns(self, recipe: Recipe) -> bool:
-        """Whether a matrix lies transposed in its file, somewhere below."""
-        if recipe.op == "transpose":
-            return tuple(recipe["perm"]) == (1, 0)
-        return any(self.turns(child) for child in recipe.inputs if len(child.shape) == 2)
-
-    def whole_view(self, recipe: Recipe) -> Array | None:
-        """The whole of a recipe that needs no work, as a view; None when something has to be made."""
-        if any(part.op not in ("tensor", "transpose", "slice", "reshape") for part in _parts(recipe)):
-            return None
-        return self.box(recipe, _whole(recipe.shape))
-
-    def box(self, recipe: Recipe, box: Box) -> Array:
-        """One box of a recipe's value, in the dtype it comes in; a view where that is possible."""
-        made: Array
-        match recipe.op:
-            case "tensor":
-                return self._tensor(recipe)[(*box, ...)]
-            case "scale":
-                if recipe["name"] not in self.scales:
-                    raise ArtifactError(f"no calibrated scale for {recipe['name']!r}; rebuild the engine")
-                return np.asarray(self.scales[recipe["name"]], np.float32)
-            case "computed":
-                return self._keep(recipe, self._table)[(*box, ...)]
-            case "channel_scale":
-                return self._keep(recipe, self._channel_scale)[(*box, ...)]
-            case "transpose":
-                perm = recipe["perm"]
-                inner = [box[perm.index(axis)] for axis in range(len(perm))]
-                return self.box(recipe.inputs[0], tuple(inner)).transpose(perm)
-            case "slice":
-                axis, start, _ = recipe.attrs
-                inner = list(box)
-                inner[axis] = slice(box[axis].start + start, box[axis].stop + start)
-                return self.box(recipe.inputs[0], tuple(inner))
-            case "reshape":
-                child = recipe.inputs[0]
-                made = self.box(child, _whole(child.shape)).reshape(recipe.shape)
-                return made[(*box, ...)]
-            case "concat":
-                return self._concat(recipe, box)
-            case "quantize":
-                x, scales = recipe.inputs
-                axis = recipe["axis"] % len(recipe.shape)
-                divisor = self.box(scales, (box[axis],)).reshape([-1 if a == axis else 1 for a in range(len(recipe.shape))])
-                return _quantize(self.box(x, box), divisor, recipe["dtype"])
-        raise ArtifactError(f"weight recipe: unknown op {recipe.op!r}; rebuild the engine")
-
-    def _tensor(self, recipe: Recipe) -> Array:
-        name = recipe["name"]
-        if self.tensors is None:
-            raise CheckpointError(f"tensor {name!r} is needed, but there is no checkpoint; give one with model.checkpoint=FOLDER")
-        if self.tensors.shape(name) != recipe.shape:
-            raise CheckpointError(
-                f"{self.tensors.file_of(name)}: tensor {name!r} is {list(self.tensors.shape(name))}, expected {list(recipe.shape)}"
-            )
-        return self.tensors.array(name)
-
-    def _keep(self, recipe: Recipe, make: Callable[[Recipe], Array]) -> Array:
-        if recipe not in self.kept:
-            self.kept[recipe] = make(recipe)
-        return self.kept[recipe]
-
-    def _table(self, recipe: Recipe) -> Array:
-        kind, params = recipe["kind"], dict(recipe["params"])
-        if kind not in TABLES:
-            raise ArtifactError(f"weight recipe: unknown table {kind!r}; known are {', '.join(TABLES)}; rebuild the engine")
-        return TABLES[kind](recipe.shape, params)
-
-    def _channel_scale(self, recipe: Recipe) -> Array:
-        (x,) = recipe.inputs
-        axis, limit = recipe["axis"] % len(x.shape), recipe["limit"]
-        peak = np.zeros(recipe.shape, np.float32)
-        others = tuple(a for a in range(len(x.shape)) if a != axis)
-        for box in _tiles(Weight("", "float32", x), self):
-            part = np.abs(_float32(self.box(x, box))).max(axis=others)
-            np.maximum(peak[box[axis]], part, out=peak[box[axis]])
-        if not np.isfinite(peak).all():
-            names = ", ".join(leaf["name"] for leaf in x.leaves())
-            raise CheckpointError(f"tensor {names}: holds NaN or infinity, so it cannot be quantized")
-        scale = peak / np.float32(limit)
-        return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-
-    def _concat(self, recipe: Recipe, box: Box) -> Array:
-        axis, at, parts = recipe["axis"] % len(recipe.shape), 0, []
-        for child in recipe.inputs:
-            size = child.shape[axis]
-            start, stop = max(box[axis].start - at, 0), min(box[axis].stop - at, size)
-            if start < stop:
-                inner = list(box)
-                inner[axis] = slice(start, stop)
-                parts.append(self.box(child, tuple(inner)))
-            at += size
-        if len(parts) == 1:
-            return parts[0]
-        if len({part.dtype for part in parts}) > 1:
-            parts = [_float32(part) for part in parts]
-        kind = parts[0].dtype
-        joined: Array = np.concatenate([_bits(part) for part in parts], axis=axis)
-        return joined.view(kind)
-
-
-def _parts(recipe: Recipe) -> Iterator[Recipe]:
-    yield recipe
-    for child in recipe.inputs:
-        yield from _parts(child)
-
-
-def _whole(shape: Sequence[int]) -> Box:
-    return tuple(slice(0, size) for size in shape)
-
-
-def _bits(x: Array) -> Array:
-    """The same bytes as unsigned integers, where numpy moves them faster than the small float types of ml_dtypes."""
-    if x.dtype == NUMPY["bfloat16"]:
-        return x.view(np.uint16)
-    return x.view(np.uint8) if x.dtype.itemsize == 1 else x
-
-
-def _float32(x: Array) -> Array:
-    if x.dtype == np.float32:
-        return x
-    out: Array = np.empty(x.shape, np.float32)
-    _cast(x, out)
-    return out
-
-
-def _quantize(x: Array, divisor: Array, dtype: str) -> Array:
-    """As ONNX QuantizeLinear with saturation: divide in float32, round to nearest even, clamp to the largest finite value."""
-    scaled = np.divide(_float32(x), divisor, dtype=np.float32)
-    np.clip(scaled, -FLOAT8_MAX, FLOAT8_MAX, out=scaled)
-    return scaled.astype(NUMPY[dtype])
-
-
-def _cast(x: Array, out: Array) -> None:
-    """``out[...] = x`` with a cast. FloatingPointError when a finite value leaves the range of float16."""
-    if x.ndim == 2 and x.strides[0] < x.strides[1] and min(x.shape) > 1 and not _covers(x.shape):
-        for top in range(0, x.shape[0], BLOCK):  # source and result in different order: block by block, each within the cache
-            for left in range(0, x.shape[1], BLOCK):
-                cut = slice(top, top + BLOCK), slice(left, left + BLOCK)
-                _cast_block(x[cut], out[cut])
-        return
-    _cast_block(x, out)
-
-
-def _covers(shape: tuple[int, ...]) -> bool:
-    return shape[0] <= BLOCK and shape[1] <= BLOCK
-
-
-def _cast_block(x: Array, out: Array) -> None:
-    if x.dtype == out.dtype:
-        np.copyto(_bits(out), _bits(x))
-    elif x.dtype == NUMPY["bfloat16"] and out.dtype == np.float32:
-        np.left_shift(x.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
-    elif out.dtype == np.float16:
-        with np.errstate(over="raise"):
-            np.copyto(out, _float32(x), casting="same_kind")
-    else:
-        np.copyto(out, x, casting="unsafe")

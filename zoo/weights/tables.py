@@ -22,22 +22,24 @@ def rotary_frequencies(params: Mapping[str, Any]) -> Array:
     """Angle per position of each rotated pair: [rotary_dim / 2] float32."""
     dim, theta, kind = int(params["rotary_dim"]), float(params["theta"]), params.get("kind", "default")
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    frequencies = (np.float32(1) / np.power(np.float32(theta), exponents)).astype(np.float32)
+    frequencies: Array = (np.float32(1) / np.power(np.float32(theta), exponents)).astype(np.float32)
     if kind == "default":
         return frequencies
     factor = np.float32(params["factor"])
+    slowed: Array = frequencies / factor
     if kind == "linear":
-        return frequencies / factor
+        return slowed
     if kind != "llama3":
         raise ArtifactError(f"rotary kind {kind!r} is not known; rebuild the engine")
     low, high = float(params["low_freq_factor"]), float(params["high_freq_factor"])
     trained = float(params["original_max_positions"])
     wavelengths = 2 * math.pi / frequencies
     blend = np.clip((trained / wavelengths - low) / (high - low), 0, 1).astype(np.float32)
-    return ((1 - blend) * frequencies / factor + blend * frequencies).astype(np.float32)
+    mixed: Array = (1 - blend) * slowed + blend * frequencies
+    return mixed
 
 
-def _rope(function: Callable[[Array], Array]) -> Callable[[tuple[int, ...], Mapping[str, Any]], Array]:
+def _rope(function: Callable[..., Any]) -> Callable[[tuple[int, ...], Mapping[str, Any]], Array]:
     def table(shape: tuple[int, ...], params: Mapping[str, Any]) -> Array:
         frequencies = rotary_frequencies(params)
         if shape[1:] != frequencies.shape:
@@ -45,7 +47,8 @@ def _rope(function: Callable[[Array], Array]) -> Callable[[tuple[int, ...], Mapp
                 f"rotary table: the shape {shape} does not fit rotary_dim {params['rotary_dim']}; rebuild the engine"
             )
         positions = np.arange(shape[0], dtype=np.float32)
-        return function(np.outer(positions, frequencies)).astype(np.float32)
+        made: Array = function(np.outer(positions, frequencies)).astype(np.float32)
+        return made
 
     return table
 
