@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zoo.errors import PassError
-from zoo.graph import Miss, ModelGraph, PassReport
+from zoo.graph import ONNX_TYPES, Miss, ModelGraph, PassReport
 from zoo.passes.frame import Pass, PassContext
 from zoo.passes.linears import GROUPS, Linear, keep_weight_order, read_linear
 from zoo.weights.recipe import Recipe, Weight, concat, slice_, transpose
@@ -101,11 +101,11 @@ def _fuse(graph: ModelGraph, name: str, parts: Sequence[Linear]) -> list[gs.Node
                 node.inputs.clear()
                 node.outputs.clear()
     shape = [*x.shape[:-1], weight.shape[1]] if x.shape else None
-    y = gs.Variable(f"{name}.out", dtype=outputs[0].dtype, shape=shape)
+    y = gs.Variable(f"{name}.out", dtype=ONNX_TYPES[dtype], shape=shape)
     nodes = [gs.Node("MatMul", name, inputs=[x, weight], outputs=[y])]
     if biases:
         bias = graph.add_weight(Weight(f"{name}.bias", dtype, join_along(biases, 0)))
-        product, y = y, gs.Variable(f"{name}.bias.out", dtype=outputs[0].dtype, shape=shape)
+        product, y = y, gs.Variable(f"{name}.bias.out", dtype=ONNX_TYPES[dtype], shape=shape)
         nodes.append(gs.Node("Add", f"{name}.bias", inputs=[product, bias], outputs=[y]))
     sizes = gs.Constant(f"{name}.split.sizes", np.array([part.weight.shape[1] for part in parts], dtype=np.int64))
     return [*nodes, gs.Node("Split", f"{name}.split", attrs={"axis": -1}, inputs=[y, sizes], outputs=outputs)]

@@ -1,0 +1,160 @@
+"""Calibration: the static activation scales of FP8 linear layers, measured on real text.
+
+The float32 plain graph runs over the text in ONNX Runtime, cut off behind the last linear input, with one more output for
+each tensor that a linear layer reads: max|x|, inside the graph, so that no activation leaves it. A scale is that maximum
+over all text, divided by 448 (Micikevicius et al. 2022, per-tensor static scaling).
+
+The plain graph, rather than an engine behind ``zoo.runtime``: activations inside an engine have no names on its ABI, the
+plain graph computes the same numbers (tests hold that), and it needs neither a cache nor a scheduler for whole sequences.
+
+Names are those that the FP8 pass asks for, by the same functions. Weights are packed into one temporary file that ONNX
+Runtime maps, so that memory stays near the size of one chunk's activations; disk: 4 bytes a parameter, without the head.
+Without a checkpoint there is nothing to run: ``unbound_scales`` lists what an engine then still needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from zoo.checkpoints import Checkpoint, fit_names
+from zoo.errors import CheckpointError, ConfigError
+from zoo.graph import ONNX_TYPES, ModelGraph
+from zoo.graph_templates import expand
+from zoo.passes.fuse_linears import fuse_linears
+from zoo.passes.linears import activation_names, linears
+from zoo.spec import ModelSpec
+from zoo.weights.bind import packed_layout, write_packed
+from zoo.weights.reader import Tensors
+from zoo.weights.recipe import FLOAT8_MAX
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+TEXT = Path(__file__).parent / "calibration_text.txt"
+CHUNK = 512  # tokens that run as one sequence
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def default_text() -> str:
+    """The text that calibration runs over: Python and English prose, written for this purpose."""
+    return TEXT.read_text(encoding="utf-8")
+
+
+def text_digest() -> str:
+    """Digest of the default text; part of what an FP8 engine is made from."""
+    return "sha256:" + hashlib.sha256(TEXT.read_bytes()).hexdigest()
+
+
+def calibrate_checkpoint(
+    model: ModelSpec, checkpoint: Checkpoint, tokens: int, progress: Progress | None = None
+) -> dict[str, float]:
+    """Scales of a checkpoint over the first ``tokens`` tokens of the default text, by its own tokenizer.
+
+    Raises CheckpointError when the folder has no tokenizer.json.
+    """
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tokenizer.json, which calibration needs to read text; add it, or build with quant=none"
+        )
+    from tokenizers import Tokenizer
+
+    token_ids = Tokenizer.from_file(str(path)).encode(default_text()).ids[:tokens]
+    return calibrate(model, checkpoint.tensors, token_ids, progress)
+
+
+def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], progress: Progress | None = None) -> dict[str, float]:
+    """Scale of every linear layer's input: max|x| / 448 over the text; 1.0 for an input that is all zeros.
+
+    The text runs in chunks of at most 512 tokens, each a sequence from position 0. The same text, threads and machine give
+    the same scales.
+
+    Raises ConfigError for no text or ids outside the vocabulary, CheckpointError for activations that are not finite.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.ndim != 1 or not ids.size:
+        raise ConfigError("calibration needs a list of token ids, at least one; raise quant.calibration_tokens")
+    if ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise ConfigError(
+            f"calibration text has token id {ids.max() if ids.min() >= 0 else ids.min()}; model {model.name!r} knows 0 to "
+            f"{model.vocab_size - 1}; is the tokenizer the model's own?"
+        )
+    length = min(CHUNK, model.max_positions)
+    graph = observed(expand(fit_names(model, tensors), "float32", length))
+    names = [variable.name for variable in graph.graph.outputs]
+    peaks = np.zeros(len(names), dtype=np.float32)
+    with tempfile.TemporaryDirectory(prefix="zoo-calibration-") as folder:
+        session = _session(graph, tensors, Path(folder), progress)
+        for start in range(0, len(ids), length):
+            if progress:
+                progress("calibrate", start, len(ids))
+            chunk = ids[None, start : start + length]
+            feeds = {"token_ids": chunk, "positions": np.arange(chunk.shape[1], dtype=np.int64)[None]}
+            wanted = {given.name for given in session.get_inputs()}
+            peaks = np.maximum(peaks, session.run(names, {name: feeds[name] for name in wanted}))
+        del session
+    if not np.isfinite(peaks).all():
+        bad = [name for name, peak in zip(names, peaks, strict=True) if not np.isfinite(peak)]
+        raise CheckpointError(f"model {model.name!r}: activations that are not finite at {', '.join(bad[:5])}; check the weights")
+    scales = np.where(peaks > 0, peaks / np.float32(FLOAT8_MAX), np.float32(1))
+    return {name: float(value) for name, value in zip(names, scales, strict=True)}
+
+
+def observed(graph: ModelGraph) -> ModelGraph:
+    """The plain graph, its linear layers fused as engines fuse them, with max|x| of their inputs as its only outputs."""
+    fuse_linears(graph)
+    names = activation_names(graph)
+    outputs, nodes = [], []
+    for linear in linears(graph):
+        name = names[linear.name]
+        if name != f"{linear.name}.x":
+            continue  # another layer reads the same tensor and gave it its name
+        size = gs.Variable(f"{name}.abs", dtype=ONNX_TYPES["float32"])
+        peak = gs.Variable(name, dtype=ONNX_TYPES["float32"], shape=[])
+        nodes.append(gs.Node("Abs", f"{name}.abs", inputs=[linear.input], outputs=[size]))
+        nodes.append(gs.Node("ReduceMax", f"{name}.max", attrs={"keepdims": 0}, inputs=[size], outputs=[peak]))
+        outputs.append(peak)
+    graph.graph.nodes.extend(nodes)
+    graph.graph.outputs = outputs
+    graph.graph.cleanup(remove_unused_graph_inputs=False)
+    graph.drop_unused_weights()
+    return graph
+
+
+def unbound_scales(graph: ModelGraph) -> list[str]:
+    """The calibrated scales that a graph's weights ask for, sorted: empty unless it is quantized."""
+    return sorted({str(leaf["name"]) for weight in graph.weights.values() for leaf in weight.recipe.leaves("scale")})
+
+
+def _session(graph: ModelGraph, tensors: Tensors, folder: Path, progress: Progress | None) -> onnxruntime.InferenceSession:
+    """Load the graph with its weights mapped from a packed file. Prepacking would copy every weight, for a handful of runs."""
+    import onnxruntime
+
+    def report(done: int, total: int) -> None:
+        if progress:
+            progress("pack float32 weights", done, total)
+
+    weights = list(graph.weights.values())
+    write_packed(folder / "weights.bin", weights, tensors, {}, report)
+    model = graph.to_onnx()
+    data = [given for given in model.graph.input if given.name not in graph.weights]
+    del model.graph.input[:]
+    model.graph.input.extend(data)
+    for packed in packed_layout(weights)[0]:
+        stored = model.graph.initializer.add(name=packed.name, data_type=ONNX_TYPES[packed.dtype], dims=packed.shape)
+        stored.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "weights.bin"), ("offset", packed.offset), ("length", packed.nbytes)):
+            stored.external_data.add(key=key, value=str(value))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
