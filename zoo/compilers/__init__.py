@@ -1,17 +1,24 @@
 """Compilers: rewritten graph -> engine files. One class a target, one dict of them.
 
-base.py          the protocol, CompiledEngine, and what follows from the graph alone (ABI, sizes, memory)
-onnxruntime.py   CPU engines: model.onnx and weights as recipes over the checkpoint's own files
+    base.py              the protocol, CompiledEngine, and what follows from the graph alone (ABI, sizes, memory)
+    onnxruntime.py       CPU engines: model.onnx and weights as recipes over the checkpoint's own files
+    tensorrt_rtx.py      TensorRT-RTX plans, built on any machine
+    tensorrt.py          datacenter TensorRT plans, built on the GPU itself
+    tensorrt_*.py        what the two share
 """
 
 from __future__ import annotations
 
 from zoo.compilers.base import CompiledEngine, Compiler, abi_of, predict
 from zoo.compilers.onnxruntime import OnnxRuntimeCompiler
+from zoo.compilers.tensorrt import TensorRtCompiler
+from zoo.compilers.tensorrt_rtx import TensorRtRtxCompiler
 from zoo.errors import CompileError
 
 COMPILERS: dict[str, Compiler] = {
     "onnxruntime": OnnxRuntimeCompiler(),
+    "tensorrt_rtx": TensorRtRtxCompiler(),
+    "tensorrt": TensorRtCompiler(),
 }
 
 __all__ = ["COMPILERS", "CompiledEngine", "Compiler", "abi_of", "get_compiler", "predict"]
