@@ -64,10 +64,8 @@ def count_steps(work: Callable[[], None], die_at: int = 0) -> int:
 
 
 def snapshot(folder: Path) -> set[str]:
-    """Everything in a registry but the lock files."""
-    return {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.name not in ("lock",) and ".zoo" not in path.parts
-    }
+    """Everything in a registry but its own notes and locks."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not {".zoo", ".locks"} & set(path.parts)}
 
 
 def test_kill_9_at_any_line_leaves_a_registry_that_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

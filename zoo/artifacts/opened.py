@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from zoo.artifacts.copying import hash_file
 from zoo.artifacts.entries import Entry
 from zoo.artifacts.layout import Descriptor, Layout
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import EngineManifest
-from zoo.artifacts.staging import disk_errors, hash_file
+from zoo.artifacts.staging import disk_errors
 from zoo.errors import ArtifactError, DigestError
 
 HASH_THREADS = 2

@@ -99,7 +99,7 @@ def check_compatible(engine: Entry | EngineManifest, machine: Machine) -> None:
 def choose(entries: list[Entry], machine: Machine, asked: str) -> Entry:
     """The best of some engines for a machine. IncompatibleError gives the reason for each when none fits.
 
-    GPU engines come before CPU engines; then the one made for a card of this memory; the compiler that its hardware file
+    GPU engines come before CPU engines; then the largest GPU; the engine made for a card of its memory; the compiler that its hardware file
     prefers; on a GPU the quantized engine (it is why one was built), on a CPU the plain one; the fewest ranks; the newest.
     """
     reasons = {entry.ref: why_not(Needs.of(entry), machine) for entry in entries}
@@ -111,12 +111,11 @@ def choose(entries: list[Entry], machine: Machine, asked: str) -> Entry:
     raise IncompatibleError(f"no engine of {asked} can run on this machine ({machine}):{text}\nBuild one for it: zoo engines")
 
 
-def _rank(entry: Entry, machine: Machine) -> tuple[bool, int, int, bool, int]:
+def _rank(entry: Entry, machine: Machine) -> tuple[bool, int, int, int, bool, int]:
     gpu = entry.get("kind") == "gpu"
-    distance = min(
-        (abs(one.memory - entry.number("hardware_memory")) for one in machine.gpus if one.sm == entry.number("sm")), default=0
-    )
+    sizes = [one.memory for one in machine.gpus if gpu and one.sm == entry.number("sm")]
+    distance = min((abs(size - entry.number("hardware_memory")) for size in sizes), default=0)
     order = entry.get("compilers").split(",")
     preferred = -order.index(entry.get("compiler")) if entry.get("compiler") in order else -len(order)
     plain = entry.get("quant") == "none"
-    return gpu, -(distance >> 30) if gpu else 0, preferred, plain != gpu, -entry.number("tp") * entry.number("pp")
+    return gpu, max(sizes, default=0), -(distance >> 30), preferred, plain != gpu, -entry.number("tp") * entry.number("pp")

@@ -14,16 +14,15 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from zoo.artifacts.copying import copy_hashed, hash_file, sync_file
 from zoo.artifacts.layout import Descriptor, Layout
 from zoo.artifacts.locks import Lock, sync_folder
 from zoo.errors import ArtifactError, DigestError, ResourceError
 
-CHUNK = 4 << 20
 # What a full disk, a quota or a file size limit answer with.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -120,7 +119,7 @@ class Staging:
                 digest, size = hash_file(path), status.st_size
                 sync_file(path)
             else:
-                digest, size = copy_hashed(descriptor, path, status.st_size)
+                digest, size = copy_hashed(descriptor, path)
         finally:
             os.close(descriptor)
         if expected and digest != expected:
@@ -196,38 +195,3 @@ def _relink(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def sync_file(path: Path) -> None:
-    """Bring a file's bytes to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def hash_file(path: Path) -> str:
-    """The digest of a file's bytes."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def copy_hashed(source: int, target: Path, expect_size: int) -> tuple[str, int]:
-    """Copy an open file, hash exactly the bytes that are written, and bring them to the disk. Returns digest and size.
-
-    One thread hashes a chunk while this one writes it (both leave the interpreter lock), so the cost is that of the
-    slower of the two; memory is one chunk.
-    """
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(min(CHUNK, max(1, expect_size))))
-    os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    with target.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        while count := os.readv(source, [buffer]):
-            hashing = pool.submit(digest.update, buffer[:count])
-            try:
-                written = 0
-                while written < count:
-                    written += os.write(file.fileno(), buffer[written:count])
-            finally:
-                hashing.result()
-            size += count
-        os.fsync(file.fileno())
-    return "sha256:" + digest.hexdigest(), size
