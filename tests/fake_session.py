@@ -1,0 +1,143 @@
+"""A session without a model, for the scheduler and the engine loop.
+
+It keeps a paged pool as a real engine does, but of token ids: each step writes its tokens into the slots that the block
+table and the positions name, then reads every sequence back from its slots and makes logits from exactly what it read. A wrong
+table, position or length changes the tokens that come out. Slots nobody wrote hold POISON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+from zoo.runtime.abi import Batch, EngineLimits, StepResult
+from zoo.runtime.engine import Engine
+from zoo.runtime.request import CompletionOutput, SamplingParams
+
+POISON = -(2**31)
+END = 1  # its logit is raised now and then, so that some sequences end by themselves
+
+
+def limits(**changes: int) -> EngineLimits:
+    base = EngineLimits(max_tokens=64, max_sequences=8, max_rows=8, max_context=64, max_blocks=129, block_size=4)
+    return dataclasses.replace(base, **changes)
+
+
+class FakeSession:
+    """``end_bias`` is added to token 1's logit; ``poisoned`` maps a first token to the length from which its logits are NaN."""
+
+    def __init__(self, limits: EngineLimits, vocab_size: int = 50, end_bias: float = 0.5) -> None:
+        self.limits = limits
+        self.vocab_size = vocab_size
+        self.end_bias = end_bias
+        self.poisoned: dict[int, int] = {}
+        self.pool = np.full((limits.max_blocks, limits.block_size), POISON, np.int64)
+        self.batches: list[Batch] = []
+        self.closed = False
+        self.fail_next: Exception | None = None
+
+    def step(self, batch: Batch) -> StepResult:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self.batches.append(batch)
+        self._check(batch)
+        size = self.limits.block_size
+        table = batch.block_tables["full"]
+        owner = np.repeat(np.arange(len(batch.kv_lengths)), np.diff(batch.query_starts))
+        blocks = table[owner, batch.positions // size]
+        assert (blocks > 0).all(), "a token would be written to the reserved block"
+        self.pool[blocks, batch.positions % size] = batch.token_ids
+        return StepResult(logits=np.stack([self._logits(batch, int(row), int(owner[row])) for row in batch.logit_rows]) if len(batch.logit_rows) else np.empty((0, self.vocab_size), np.float32))  # fmt: skip
+
+    def _logits(self, batch: Batch, row: int, sequence: int) -> np.ndarray:
+        length = int(batch.positions[row]) + 1
+        tokens = self.pool[batch.block_tables["full"][sequence]].reshape(-1)[:length]
+        assert (tokens != POISON).all(), "a slot is read that nobody wrote"
+        logits = fake_logits(tokens.tolist(), self.vocab_size, self.end_bias)
+        first = int(tokens[0])
+        if first in self.poisoned and length >= self.poisoned[first]:
+            logits[7] = np.nan
+        return logits
+
+    def _check(self, batch: Batch) -> None:
+        limits = self.limits
+        sequences = len(batch.kv_lengths)
+        counts = np.diff(batch.query_starts)
+        for array in (
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.kv_lengths,
+            batch.logit_rows,
+            batch.block_tables["full"],
+        ):
+            assert array.dtype == np.int32 and array.flags.c_contiguous
+        assert 0 < len(batch.token_ids) == len(batch.positions) == batch.query_starts[-1] <= limits.max_tokens
+        assert batch.query_starts[0] == 0 and (counts > 0).all() and len(counts) == sequences <= limits.max_sequences
+        assert (
+            len(batch.logit_rows) <= limits.max_rows
+            and (batch.token_ids >= 0).all()
+            and (batch.kv_lengths <= limits.max_context).all()
+        )
+        for index in range(sequences):
+            mine = batch.positions[batch.query_starts[index] : batch.query_starts[index + 1]]
+            assert (np.diff(mine) == 1).all() and mine[-1] + 1 == batch.kv_lengths[index]
+        held = [
+            set(row[: -(-n // limits.block_size)].tolist())
+            for row, n in zip(batch.block_tables["full"], batch.kv_lengths, strict=True)
+        ]
+        assert sum(map(len, held)) == len(set().union(*held)), "two sequences share a block"
+        assert 0 not in set().union(*held)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def fake_logits(tokens: list[int], vocab_size: int, end_bias: float = 0.5) -> np.ndarray:
+    """Logits that every earlier token and its place decide."""
+    random = np.random.default_rng(zlib.crc32(np.array(tokens, np.int64).tobytes()))
+    logits = random.standard_normal(vocab_size).astype(np.float32)
+    logits[END] += end_bias
+    return logits
+
+
+def greedy(prompt: list[int], tokens: int, vocab_size: int = 50, end_bias: float = 0.5, end: int | None = END) -> list[int]:
+    """What a request alone must give, computed without engine, scheduler or pool."""
+    known = list(prompt)
+    while len(known) < len(prompt) + tokens:
+        known.append(int(fake_logits(known, vocab_size, end_bias).argmax()))
+        if known[-1] == end:
+            break
+    return known[len(prompt) :]
+
+
+def drain(
+    engine: Engine, outputs: dict[str, CompletionOutput] | None = None, steps: int = 100_000
+) -> dict[str, CompletionOutput]:
+    """Step until nothing is left, and put the pieces together."""
+    outputs = {} if outputs is None else outputs
+    while engine.has_work:
+        steps -= 1
+        assert steps > 0, "the engine does not come to an end"
+        collect(engine, outputs)
+    return outputs
+
+
+def collect(engine: Engine, outputs: dict[str, CompletionOutput]) -> None:
+    """One step."""
+    for piece in engine.step():
+        output = outputs.setdefault(piece.request_id, CompletionOutput(0))
+        assert output.finish_reason is None, "a piece after the last"
+        output.text += piece.text
+        output.token_ids += piece.token_ids
+        if piece.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + piece.logprobs
+        output.finish_reason, output.stop_reason, output.error = piece.finish_reason, piece.stop_reason, piece.error
+
+
+def params(**values: object) -> SamplingParams:
+    """Greedy unless said otherwise."""
+    return SamplingParams(**{"temperature": 0.0, **values})  # type: ignore[arg-type]
