@@ -5,13 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from zoo.graph import ModelGraph
+from zoo.passes.clean import Clean
 from zoo.passes.frame import Pass, PassContext, run
+from zoo.passes.fuse_linears import FuseLinears
+from zoo.passes.lower_attention import LowerAttention
+from zoo.passes.lower_matmul import LowerMatMul
+from zoo.passes.paged_attention import InsertPagedAttention
+from zoo.passes.quantize_fp8 import QuantizeFp8
 from zoo.spec import BuildSpec
 from zoo.targets import Target
 
 __all__ = ["PASSES", "Pass", "PassContext", "run_passes"]
 
-PASSES: tuple[Pass, ...] = ()
+PASSES: tuple[Pass, ...] = (
+    # clean: what does nothing goes first, so that later patterns need not look past it
+    Clean(),
+    # parallelism: none yet; a pass here would split weights over ranks before anything is fused
+    # paged attention: the plain graph becomes the engine's, one ragged batch
+    InsertPagedAttention(),
+    # fusion: before quantization, so that a fused linear layer is quantized once, with one activation scale
+    FuseLinears(),
+    # quantization
+    QuantizeFp8(),
+    # lowering: zoo ops and linear layers in the form that the target runs best
+    LowerAttention(),
+    LowerMatMul(),
+)
 
 
 def run_passes(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from zoo.plugins import fp8_linear, paged_attention
 from zoo.plugins.contract import Plugin
 
-PLUGINS: dict[str, Plugin] = {}
+PLUGINS: dict[str, Plugin] = {
+    "ZooPagedAttention": paged_attention.PLUGIN,
+    "ZooFp8Linear": fp8_linear.PLUGIN,
+}

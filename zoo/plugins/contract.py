@@ -8,7 +8,7 @@ made for one kind of target; it may read index inputs, which a session derives f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,16 +46,19 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Lowering:
-    """Another function for the same op. ``inputs`` names, in order, plugin inputs and index inputs that it reads.
+    """Other functions for the same op, made for one kind of target.
 
-    ``op`` is its own op type in the domain ``zoo``; outputs are the plugin's. ``index_inputs`` become graph inputs.
+    inputs        in order, the plugin inputs and index inputs that the lowered node reads
+    function      attributes of a node -> the function for it, whose name is the lowered node's op type
+    index_inputs  become inputs of the graph; ``zoo.runtime.indices`` derives them from the batch
+    domains       operator domains besides ONNX's own that the functions use
     """
 
     name: str
-    op: str
     inputs: tuple[str, ...]
-    function: onnx.FunctionProto
+    function: Callable[[Mapping[str, Any]], onnx.FunctionProto]
     index_inputs: tuple[IndexInput, ...] = ()
+    domains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,6 @@ class Plugin:
         assert self.op.startswith("Zoo") and self.body.name == self.op and self.body.domain == DOMAIN
         assert list(self.body.input) == [port.name for port in self.inputs], f"{self.op}: body and contract disagree on inputs"
         assert list(self.body.output) == [port.name for port in self.outputs], f"{self.op}: body and contract disagree on outputs"
-        for lowering in self.lowerings.values():
-            assert list(lowering.function.input) == list(lowering.inputs), f"{lowering.op}: function and inputs disagree"
-            assert list(lowering.function.output) == list(self.body.output) and lowering.function.name == lowering.op
 
     def node(self, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], **attributes: Any) -> gs.Node:
         """A node of this op with every attribute written out. Raises GraphError for a wrong attribute or count."""

@@ -1,0 +1,239 @@
+"""Paged attention insertion: the plain graph [batch, sequence] becomes the engine's ragged one.
+
+    token_ids [T] int32 ─ Cast ─ Unsqueeze ─▶ [1, T]              positions the same
+    q, k, v (, mask) ─ Attention ─▶      becomes   q, k, v, kv.{i}, tables ─ ZooPagedAttention ─▶ out, kv_out.{i}
+    x ─ final norm ─ lm_head ─▶          becomes   x ─ Squeeze ─ Gather logit_rows ─ final norm ─ lm_head ─▶ logits [R, V]
+
+Windows and soft caps come from the layer table; an Attention node that disagrees with its row of the table is a miss, and
+with any miss nothing is rewritten. Masks fall away with the nodes that made them.
+
+T tokens, B sequences, P blocks a sequence, R rows of logits, V vocabulary, E hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from zoo.errors import PassError
+from zoo.graph import ONNX_TYPES, LayerInfo, Miss, ModelGraph, PassReport
+from zoo.passes.clean import detach, remove_dead
+from zoo.passes.frame import Pass, PassContext
+from zoo.plugins.paged_attention import PLUGIN
+from zoo.spec import BuildSpec, Limits
+from zoo.targets import Target
+
+NORMS = ("RMSNormalization", "LayerNormalization")
+ATTENTION = re.compile(r"layer\.(\d+)\.attention")
+INT32 = ONNX_TYPES["int32"]
+
+
+class InsertPagedAttention(Pass):
+    """Give the graph the engine's inputs and outputs. Counts: ``ZooPagedAttention``, ``masks``."""
+
+    name = "paged_attention"
+    phase = "paged attention"
+
+    def demanded(self, build: BuildSpec, target: Target) -> bool:
+        return True
+
+    def requires(self, graph: ModelGraph, ctx: PassContext) -> None:
+        if graph.ragged:
+            return
+        names = [variable.name for variable in graph.data_inputs]
+        if names != ["token_ids", "positions"] or [output.name for output in graph.graph.outputs] != ["logits"]:
+            raise PassError(f"it starts from inputs token_ids, positions and the output logits, not from {', '.join(names)}")
+
+    def apply(self, graph: ModelGraph, ctx: PassContext) -> PassReport:
+        report = self.report()
+        if graph.ragged:
+            return report
+        matches, report.misses = match(graph)
+        head, reason = find_head(graph)
+        if head is None:
+            report.misses.append(Miss("logits", reason))
+        if report.misses or head is None:
+            return report
+        inputs = RaggedInputs(graph, ctx.build.limits)
+        inputs.add_tokens(graph)
+        for attention, layer in matches:
+            _replace(graph, attention, layer, inputs)
+        _gather_rows(graph, head, inputs.logit_rows)
+        report.counts = {PLUGIN.op: len(matches), "masks": sum(bool(layer.window) for layer in graph.layers)}
+        graph.functions[PLUGIN.op] = PLUGIN.body
+        remove_dead(graph)
+        inputs.order(graph)
+        _reshape(graph, head)
+        graph.ragged = True
+        return report
+
+    def ensures(self, graph: ModelGraph, ctx: PassContext) -> None:
+        if not graph.ragged:
+            return
+        if left := [node.name for node in graph.graph.nodes if node.op == "Attention"]:
+            raise PassError(f"Attention nodes are left: {', '.join(left)}")
+        names = [output.name for output in graph.graph.outputs]
+        if names != ["logits", *(f"kv_out.{layer.index}" for layer in graph.layers)]:
+            raise PassError(f"the outputs are {', '.join(names)}")
+
+
+def match(graph: ModelGraph) -> tuple[list[tuple[gs.Node, LayerInfo]], list[Miss]]:
+    """Each layer's Attention node, in order of the table, and what disagrees with the table."""
+    found: dict[int, gs.Node] = {}
+    misses: list[Miss] = []
+    for node in graph.graph.nodes:
+        if node.op != "Attention":
+            continue
+        name = ATTENTION.fullmatch(node.name)
+        if name is None or int(name[1]) >= len(graph.layers):
+            misses.append(Miss(node.name, f"it is not layer.0.attention to layer.{len(graph.layers) - 1}.attention"))
+            continue
+        layer = graph.layers[int(name[1])]
+        if reason := disagreement(node, layer):
+            misses.append(Miss(node.name, reason))
+        found[layer.index] = node
+    misses += [
+        Miss(f"layer.{layer.index}.attention", "there is no such Attention node")
+        for layer in graph.layers
+        if layer.index not in found
+    ]
+    return [(found[layer.index], layer) for layer in graph.layers if layer.index in found], misses
+
+
+def disagreement(node: gs.Node, layer: LayerInfo) -> str:
+    """How an Attention node differs from its row of the layer table; "" if it does not."""
+    expected = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "is_causal": 1}
+    for key, value in expected.items():
+        if node.attrs.get(key, 0) != value:
+            return f"{key} is {node.attrs.get(key, 0)}, the layer table says {value}"
+    for key, number, default in (("scale", layer.scale, layer.head_dim**-0.5), ("softcap", layer.softcap, 0.0)):
+        if not math.isclose(node.attrs.get(key, default), number, rel_tol=1e-6):
+            return f"{key} is {node.attrs.get(key, default)}, the layer table says {number}"
+    if extra := sorted(set(node.attrs) - {*expected, "scale", "softcap"}):
+        return f"it has the attributes {', '.join(extra)}, which paged attention does not know"
+    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    if len(inputs) not in (3, 4) or len(node.outputs) != 1:
+        return "it has a cache of its own (more than q, k, v and a mask in, or more than one output)"
+    if layer.window and len(inputs) == 3:
+        return f"the layer table says window {layer.window}, but it has no mask"
+    if not layer.window and len(inputs) == 4:
+        return "it has a mask, but the layer table says no window"
+    return ""
+
+
+@dataclass
+class Head:
+    """Where the logits begin: ``norm`` (or else ``matmul``) is the first node that needs only the wanted rows."""
+
+    first: gs.Node
+    source: gs.Variable  # its input, [1, T, E]
+
+
+def find_head(graph: ModelGraph) -> tuple[Head | None, str]:
+    """Walk from the logits up to the head's MatMul, and over the final norm if nothing else reads it."""
+    node = _producer(graph.graph.outputs[0])
+    while node is not None and node.op in ("Cast", "Add"):
+        node = _producer(node.inputs[0])
+    if node is None or node.op != "MatMul" or node.inputs[1].name not in graph.weights:
+        return None, f"they do not come from a MatMul by a weight, but from {node.name if node else 'an input'}"
+    norm = _producer(node.inputs[0])
+    if norm is not None and norm.op in NORMS and len(norm.outputs[0].outputs) == 1:
+        node = norm
+    return Head(node, node.inputs[0]), ""
+
+
+def _producer(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+class RaggedInputs:
+    """The engine's inputs, in the order of its ABI, as new graph inputs (docs/engine-format.md)."""
+
+    def __init__(self, graph: ModelGraph, limits: Limits) -> None:
+        assert all(layer.group == "full" for layer in graph.layers), "only the block table group 'full' exists"
+        self.block_size, self.blocks = limits.block_size, limits.max_blocks
+        self.token_ids = gs.Variable("token_ids", INT32, ["T"])
+        self.positions = gs.Variable("positions", INT32, ["T"])
+        self.query_starts = gs.Variable("query_starts", INT32, ["B+1"])
+        self.kv_lengths = gs.Variable("kv_lengths", INT32, ["B"])
+        self.block_table = gs.Variable("block_table.full", INT32, ["B", "P"])
+        self.logit_rows = gs.Variable("logit_rows", INT32, ["R"])
+        self.pools = {layer.index: self.pool(f"kv.{layer.index}", graph, layer) for layer in graph.layers}
+
+    def pool(self, name: str, graph: ModelGraph, layer: LayerInfo) -> gs.Variable:
+        """A KV pool [blocks, 2, block_size, K, D]."""
+        return gs.Variable(name, ONNX_TYPES[graph.dtype], [self.blocks, 2, self.block_size, layer.kv_heads, layer.head_dim])
+
+    def add_tokens(self, graph: ModelGraph) -> None:
+        """Cast and unsqueeze token_ids and positions once: the old inputs become [1, T] tensors."""
+        axis = gs.Constant("ragged.axis", np.array([0], np.int64))
+        nodes: list[gs.Node] = []
+        for old, new in zip(graph.data_inputs, (self.token_ids, self.positions), strict=True):
+            wide = gs.Variable(f"{new.name}.int64", ONNX_TYPES["int64"], ["T"])
+            old.name = f"{new.name}.row"
+            nodes.append(gs.Node("Cast", f"{new.name}.cast", {"to": int(onnx.TensorProto.INT64)}, [new], [wide]))
+            nodes.append(gs.Node("Unsqueeze", f"{new.name}.unsqueeze", inputs=[wide, axis], outputs=[old]))
+        graph.graph.inputs = [variable for variable in graph.graph.inputs if variable.name in graph.weights]
+        graph.graph.nodes[:0] = nodes
+
+    def order(self, graph: ModelGraph) -> None:
+        """Put the inputs before the weights and the pools' outputs behind the logits, in ABI order."""
+        first = [self.token_ids, self.positions, self.query_starts, self.kv_lengths, self.block_table, self.logit_rows]
+        graph.graph.inputs = [*first, *self.pools.values(), *graph.graph.inputs]
+
+
+def _replace(graph: ModelGraph, attention: gs.Node, layer: LayerInfo, inputs: RaggedInputs) -> None:
+    name, place = attention.name, _index(graph.graph.nodes, attention)
+    q, k, v = attention.inputs[:3]
+    outputs = [attention.outputs[0], inputs.pool(f"kv_out.{layer.index}", graph, layer)]
+    detach([attention])
+    pool = inputs.pools[layer.index]
+    graph.graph.nodes[place] = PLUGIN.node(
+        name,
+        [q, k, v, pool, inputs.block_table, inputs.query_starts, inputs.kv_lengths],
+        outputs,
+        num_heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        block_size=inputs.block_size,
+        scale=layer.scale,
+        window=layer.window,
+        softcap=layer.softcap,
+    )
+    graph.graph.outputs.append(outputs[1])
+
+
+def _gather_rows(graph: ModelGraph, head: Head, logit_rows: gs.Variable) -> None:
+    """Squeeze [1, T, E] and keep the rows whose logits are wanted, before the head reads them."""
+    axis = gs.Constant("logit_rows.axis", np.array([0], np.int64))
+    flat = gs.Variable("logit_rows.flat", head.source.dtype, head.source.shape[1:] if head.source.shape else None)
+    rows = gs.Variable("logit_rows.hidden", head.source.dtype, head.source.shape[1:] if head.source.shape else None)
+    place = _index(graph.graph.nodes, head.first)
+    head.first.inputs[0] = rows
+    graph.graph.nodes[place:place] = [
+        gs.Node("Squeeze", "logit_rows.squeeze", inputs=[head.source, axis], outputs=[flat]),
+        gs.Node("Gather", "logit_rows.gather", {"axis": 0}, [flat, logit_rows], [rows]),
+    ]
+
+
+def _reshape(graph: ModelGraph, head: Head) -> None:
+    """Rewrite the shapes that say [batch, sequence]: [1, T] before the rows are gathered, [R] behind."""
+    behind = False
+    for node in graph.graph.nodes:
+        behind = behind or node.name == "logit_rows.gather"
+        for tensor in node.outputs:
+            if tensor.shape is None:
+                continue
+            if behind and not tensor.name.startswith("kv_out."):
+                tensor.shape = ["R", tensor.shape[-1]]
+            else:
+                tensor.shape = [{"batch": 1, "sequence": "T"}.get(size, size) for size in tensor.shape]
+
+
+def _index(nodes: list[gs.Node], wanted: gs.Node) -> int:
+    return next(place for place, node in enumerate(nodes) if node is wanted)

@@ -1,0 +1,165 @@
+"""``ZooPagedAttention`` for ONNX Runtime on a CPU: one Loop iteration per tile of a sequence's queries.
+
+Nothing is allocated for all tokens at once: an iteration gathers the blocks of one sequence and holds its scores
+[K, L * G, N], L at most ``zoo.runtime.indices.TILE`` queries. What was measured on two cores, 16 layers of 32/8 heads of 64:
+
+- FusedMatMul with transBatchB multiplies by gathered blocks [N, K, D] as they lie: no transposed copy of a context.
+  Attention as one op would copy keys and values twice more.
+- Blocks are gathered whole (2 x faster than token by token). What a block holds behind its sequence's last token must not
+  reach the sums, so the one ScatterND that writes the new tokens also writes zeros there: at most block_size - 1 rows a
+  sequence, in the block that its newest token makes its own. Masking gathered values instead copies all of them.
+- Everything that is the same for all tiles stands before the Loop, where ONNX Runtime shares it between layers.
+
+Index inputs: pool_writes [S, 2, 3] (new tokens, then the zeros), context_blocks [2, C, 2] (block of each context, for keys
+and for values), row_positions [T], work_items [W, 7] (see ``zoo.runtime.indices``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+
+from zoo.graph import IndexInput
+from zoo.plugins.contract import Lowering
+from zoo.plugins.paged_attention.body import FRESH, SIZES, function
+
+INPUTS = ("q", "k", "v", "kv", "pool_writes", "context_blocks", "row_positions", "work_items")
+
+WRITE = """
+  S = Shape <start = 0, end = 1> (pool_writes)
+  T = Shape <start = 0, end = 1> (fresh)
+  blank_rows = Sub (S, T)
+  blank_shape = Concat <axis = 0> (blank_rows, two_d, Kd, Dd)
+  blank = ConstantOfShape (blank_shape)
+  written = Concat <axis = 0> (fresh, blank)
+  kv_out = ScatterND (kv, pool_writes, written)
+"""
+
+# queries [K, T * G, D], scaled; rows [T * G, 1] the position of each; columns [longest context]
+PREPARE = """
+  factor = Constant <value_float: float = @{factor}> ()
+  q_scaled = Mul (q, factor)
+  {divide}
+  split_shape = Concat <axis = 0> (rest_d, Kd, Gd, Dd)
+  q_split = Reshape ({scaled}, split_shape)
+  q_by_head = Transpose <perm = [1, 0, 2, 3]> (q_split)
+  rows_shape = Concat <axis = 0> (Kd, rest_d, Dd)
+  queries = Reshape (q_by_head, rows_shape)
+  context_shape = Concat <axis = 0> (rest_d, Kd, Dd)
+
+  ones = Constant <value_ints = [1, 1, 1, 1, 1]> ()
+  columns_of_item = Concat <axis = 0> (Gd, Gd, ones)
+  items = Mul (work_items, columns_of_item)
+  items_shape = Shape (work_items)
+  count = Gather (items_shape, zero)
+
+  position_col = Unsqueeze (row_positions, one_d)
+  repeat = Concat <axis = 0> (one_d, Gd)
+  repeated = Expand (position_col, repeat)
+  column_shape = Concat <axis = 0> (rest_d, one_d)
+  rows = Reshape (repeated, column_shape)
+  most = ReduceMax <keepdims = 0> (work_items, zero_d)
+  widest = Constant <value_int = 5> ()
+  longest = Gather (most, widest)
+  columns = Range (zero, longest, one)
+
+  key_blocks = Gather (context_blocks, zero)
+  value_blocks = Gather (context_blocks, one)
+  nought = Constant <value_float = 0.0> ()
+  minus = Constant <value_float = -inf> ()
+  nothing = SequenceEmpty <dtype = 1> ()
+  {window}
+"""
+
+WINDOW_PREPARE = """
+  window = Constant <value_int: int = @window> ()
+  window_d = Reshape (window, one_d)
+  rows_before = Sub (rows, window_d)
+  reach = Sub (window_d, one_d)
+  block_size = Constant <value_int: int = @block_size> ()
+  BSd = Reshape (block_size, one_d)
+"""
+
+# A windowed tile begins at the block of the first position that its first query sees.
+WINDOW_TRIM = """
+    earliest = Sub (first_position, reach)
+    earliest_seen = Max (earliest, zero_d)
+    skipped = Div (earliest_seen, BSd)
+    from_block = Add (block_start, skipped)
+    from_column = Mul (skipped, BSd)
+"""
+
+TILE_LOOP = """
+  pieces = Loop (count, , nothing) <body = tile
+    (int64 i, bool going, seq(float[A, M, E]) done) => (bool still_going, seq(float[A, M, E]) more) {{
+    still_going = Identity (going)
+    item = Gather (items, i)
+    start, stop, block_start, block_stop, length, padded, first_position = Split <num_outputs = 7> (item)
+    {trim}
+    query = Slice (queries, start, stop, one_d)
+    key_index = Slice (key_blocks, {from_block}, block_stop)
+    key_pages = GatherND (kv_out, key_index)
+    keys = Reshape (key_pages, context_shape)
+    raw = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1> (query, keys)
+    {softcap}
+    row = Slice (rows, start, stop)
+    column = Slice (columns, {from_column}, padded)
+    causal = GreaterOrEqual (row, column)
+    {window}
+    bias = Where ({visible}, nought, minus)
+    masked = Add ({score}, bias)
+    weight = Softmax <axis = -1> (masked)
+    value_index = Slice (value_blocks, {from_block}, block_stop)
+    value_pages = GatherND (kv_out, value_index)
+    values = Reshape (value_pages, context_shape)
+    mixed = com.microsoft.FusedMatMul <transBatchB = 1> (weight, values)
+    more = SequenceInsert (done, mixed)
+  }}>
+  mixed_rows = ConcatFromSequence <axis = 1> (pieces)
+  mixed_shape = Concat <axis = 0> (Kd, rest_d, Gd, Dd)
+  mixed_split = Reshape (mixed_rows, mixed_shape)
+  mixed_by_token = Transpose <perm = [1, 0, 2, 3]> (mixed_split)
+  out_shape = Concat <axis = 0> (one_d, rest_d, HDd)
+  out = Reshape (mixed_by_token, out_shape)
+"""
+
+
+def loop(attrs: Mapping[str, Any]) -> onnx.FunctionProto:
+    """The function for one node's attributes: windows and soft caps cost nothing where there are none. float32 only."""
+    window, softcap = attrs["window"] > 0, attrs["softcap"] > 0
+    op = "ZooPagedAttentionLoop" + "Window" * window + "Softcap" * softcap
+    prepare = PREPARE.format(
+        factor="scale",
+        divide="cap = Constant <value_float: float = @softcap> ()\n  q_small = Div (q_scaled, cap)" if softcap else "",
+        scaled="q_small" if softcap else "q_scaled",
+        window=WINDOW_PREPARE if window else "",
+    )
+    tiles = TILE_LOOP.format(
+        trim=WINDOW_TRIM if window else "",
+        from_block="from_block" if window else "block_start",
+        from_column="from_column" if window else "zero_d",
+        softcap="bent = Tanh (raw)\n    capped = Mul (bent, cap)" if softcap else "",
+        score="capped" if softcap else "raw",
+        window="row_before = Slice (rows_before, start, stop)\n    near = Less (row_before, column)\n"
+        "    inside = And (causal, near)"
+        if window
+        else "",
+        visible="inside" if window else "causal",
+    )
+    return function(op, INPUTS, SIZES + FRESH + WRITE + prepare + tiles, ', "com.microsoft" : 1')
+
+
+LOOP = Lowering(
+    name="loop",
+    inputs=INPUTS,
+    function=loop,
+    index_inputs=(
+        IndexInput("pool_writes", "int64", ("S", 2, 3)),
+        IndexInput("context_blocks", "int64", (2, "C", 2)),
+        IndexInput("row_positions", "int64", ("T",)),
+        IndexInput("work_items", "int64", ("W", 7)),
+    ),
+    domains=("com.microsoft",),
+)

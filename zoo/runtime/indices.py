@@ -1,0 +1,132 @@
+"""Index inputs: integers that one target's lowering of paged attention needs, derived from a batch in numpy once a step.
+
+An engine's manifest lists the index inputs it declares; ``INDEX_BUILDERS`` has the function for each name. All follow the
+block table of the group ``full``.
+
+T tokens, B sequences, P blocks a sequence, L the longest query of the step, C blocks of all contexts, W work items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zoo.runtime.abi import Batch, EngineLimits
+
+Indices = npt.NDArray[Any]
+GROUP = "full"
+TILE = 64  # queries of one work item: bounds an item's scores to heads x 64 x context
+
+
+def pool_slots(batch: Batch, limits: EngineLimits) -> Indices:
+    """[T, 2, 3] int64: where each token's key and value go in a pool, as (block, 0 or 1, place in the block)."""
+    positions = batch.positions.astype(np.int64)
+    counts = np.diff(batch.query_starts)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    block = batch.block_tables[GROUP][sequence, positions // limits.block_size]
+    return _slots(block, positions % limits.block_size)
+
+
+def pool_writes(batch: Batch, limits: EngineLimits) -> Indices:
+    """[S, 2, 3] int64: ``pool_slots``, then the places behind each sequence's newest token in its last block.
+
+    The newest token was written by this step, so nobody else reads that block: the lowering fills the rest of it with
+    zeros, and what an earlier owner left there cannot reach a sum.
+    """
+    active = np.diff(batch.query_starts) > 0
+    last = batch.kv_lengths[active].astype(np.int64) - 1
+    block = batch.block_tables[GROUP][active][np.arange(len(last)), last // limits.block_size]
+    row, place = np.nonzero(np.arange(limits.block_size) > (last % limits.block_size)[:, None])
+    return np.concatenate([pool_slots(batch, limits), _slots(block[row], place)])
+
+
+def context_blocks(batch: Batch, limits: EngineLimits) -> Indices:
+    """[2, C, 2] int64: the blocks of every sequence's context, one sequence after the other, as (block, 0) and (block, 1)."""
+    table = batch.block_tables[GROUP]
+    used = _blocks(batch.kv_lengths, limits)
+    blocks = table[np.arange(table.shape[1]) < used[:, None]]
+    out = np.zeros((2, len(blocks), 2), np.int64)
+    out[:, :, 0] = blocks
+    out[1, :, 1] = 1
+    return out
+
+
+def row_positions(batch: Batch, limits: EngineLimits) -> Indices:
+    """[T] int64: the position of each token."""
+    return batch.positions.astype(np.int64)
+
+
+def work_items(batch: Batch, limits: EngineLimits) -> Indices:
+    """[W, 7] int64: tiles of at most ``TILE`` queries of one sequence, in the order of the batch.
+
+    first row, row behind the last; first entry of context_blocks, entry behind the last that the tile sees; context that
+    its last query sees, the same rounded up to whole blocks; position of its first query.
+    """
+    starts = batch.query_starts[:-1].astype(np.int64)
+    counts = np.diff(batch.query_starts).astype(np.int64)
+    lengths = batch.kv_lengths.astype(np.int64)
+    used = _blocks(batch.kv_lengths, limits)
+    first_block = np.cumsum(used) - used
+    tiles = -(-counts // TILE)
+    sequence = np.repeat(np.arange(len(counts)), tiles)
+    nth = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    begin = nth * TILE
+    stop = np.minimum(begin + TILE, counts[sequence])
+    before = lengths[sequence] - counts[sequence]
+    seen = np.maximum(before + stop, 1)
+    blocks = -(-seen // limits.block_size)
+    return np.stack(
+        [
+            starts[sequence] + begin,
+            starts[sequence] + stop,
+            first_block[sequence],
+            first_block[sequence] + blocks,
+            seen,
+            blocks * limits.block_size,
+            np.maximum(before + begin, 0),
+        ],
+        axis=1,
+    )
+
+
+def query_rows(batch: Batch, limits: EngineLimits) -> Indices:
+    """[B, L] int32: the row of each sequence's l-th query; places behind its last query hold row 0."""
+    counts = np.diff(batch.query_starts)
+    nth = np.arange(max(int(counts.max(initial=0)), 1))
+    rows = batch.query_starts[:-1, None] + nth
+    return np.where(nth < counts[:, None], rows, 0).astype(np.int32)
+
+
+def token_rows(batch: Batch, limits: EngineLimits) -> Indices:
+    """[T] int32: where each token stands among the B * L places of ``query_rows``."""
+    counts = np.diff(batch.query_starts)
+    longest = max(int(counts.max(initial=0)), 1)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    nth = np.arange(len(sequence)) - batch.query_starts[:-1][sequence]
+    return (sequence * longest + nth).astype(np.int32)
+
+
+def _slots(block: Indices, place: Indices) -> Indices:
+    out = np.zeros((len(block), 2, 3), np.int64)
+    out[:, :, 0] = block[:, None]
+    out[:, 1, 1] = 1
+    out[:, :, 2] = place[:, None]
+    return out
+
+
+def _blocks(lengths: Indices, limits: EngineLimits) -> Indices:
+    return -(-lengths.astype(np.int64) // limits.block_size)
+
+
+INDEX_BUILDERS: dict[str, Callable[[Batch, EngineLimits], Indices]] = {
+    "pool_slots": pool_slots,
+    "pool_writes": pool_writes,
+    "context_blocks": context_blocks,
+    "row_positions": row_positions,
+    "work_items": work_items,
+    "query_rows": query_rows,
+    "token_rows": token_rows,
+}
