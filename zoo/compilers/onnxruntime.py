@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from zoo.compilers.base import CompiledEngine, Compiler, Progress, abi_of, weight_bytes
+from zoo.compilers.base import ITEM_SIZES, CompiledEngine, Compiler, Progress, abi_of, weight_bytes
 from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ONNX_TYPES, ModelGraph
 from zoo.spec import BuildSpec, HardwareSpec, digest_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "weights.bin"
 TABLE_FILE = "weights.json"
 LARGEST = 256_000_000  # bytes of a matrix that is multiplied in one piece
+Slice = tuple[str, int, tuple[int, ...]]  # name, first element, shape
 INSTALL = "install it with `pip install 'engine-zoo[cpu]'`"
 
 
@@ -90,10 +91,11 @@ class OnnxRuntimeCompiler(Compiler):
 def bind_later(graph: ModelGraph, largest: int = LARGEST) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The graph with its weights as external initializers, and the table that says how the external file is made.
 
-    Weights with equal recipes and dtypes (a tied embedding) are packed once and mapped twice: the head's mapping goes away
-    when it has been packed, and of the embedding's only the rows that are looked up become resident. Matrices of more than
-    ``largest`` bytes are multiplied in slices of rows, because a mapped slice and its packed copy are both resident while
-    it is packed, and the head alone would add a fifth to the peak of a small model.
+    Weights with equal recipes and dtypes are packed once. A matrix that is also looked up (a tied embedding) becomes two
+    initializers over the same bytes: the head's mapping goes away when it has been packed, and of the embedding's only the
+    rows that are looked up become resident. Matrices of more than ``largest`` bytes are multiplied in slices, because a
+    mapped slice and its packed copy are both resident while it is packed; a whole head would add a fifth to the peak of a
+    1 G-parameter model.
     """
     from zoo.weights.bind import packed_layout
 
@@ -107,12 +109,14 @@ def bind_later(graph: ModelGraph, largest: int = LARGEST) -> tuple[onnx.ModelPro
     del model.graph.input[:]
     model.graph.input.extend(data_inputs)
     sliced = _slice_matrices(model, graph.weights, largest)
+    read = {name for node in model.graph.node for name in node.input}
     for weight in graph.weights.values():
         packed = place[weight.dtype, weight.recipe]
         item = packed.nbytes // max(1, prod(packed.shape))
-        for name, start, shape in sliced.get(weight.name, [(weight.name, 0, weight.shape)]):
-            offset = packed.offset + start * item
-            model.graph.initializer.append(_external(name, weight.dtype, shape, offset, prod(shape) * item))
+        for name, start, shape in [(weight.name, 0, weight.shape), *sliced.get(weight.name, ())]:
+            if name in read:
+                offset, nbytes = packed.offset + start * item, prod(shape) * item
+                model.graph.initializer.append(_external(name, weight.dtype, shape, offset, nbytes))
     rows = [
         {**weight.to_json(), "offset": packed.offset, "nbytes": packed.nbytes}
         for weight, packed in zip(first.values(), layout, strict=True)
@@ -123,36 +127,38 @@ def bind_later(graph: ModelGraph, largest: int = LARGEST) -> tuple[onnx.ModelPro
     return model, table
 
 
-def _slice_matrices(
-    model: onnx.ModelProto, weights: Mapping[str, Weight], largest: int
-) -> dict[str, list[tuple[str, int, tuple[int, ...]]]]:
-    """Turn x @ W.T with a large W [out, in] into the concatenation of x @ slice.T over slices of W's rows.
+def _slice_matrices(model: onnx.ModelProto, weights: Mapping[str, Weight], largest: int) -> dict[str, list[Slice]]:
+    """Turn x @ W.T, W [out, in] large or read by other nodes too, into a concatenation of x @ slice.T over slices of W's rows.
 
-    Gives weight -> [(name of the slice, its first element, its shape)]. Only weights that one such node alone reads.
+    Gives weight -> [(name of the slice, its first element, its shape)].
     """
     readers = Counter(name for node in model.graph.node for name in node.input)
-    sliced: dict[str, list[tuple[str, int, tuple[int, ...]]]] = {}
+    sliced: dict[str, list[Slice]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         weight = weights.get(node.input[1]) if node.op_type == "FusedMatMul" else None
-        flags = {attribute.name: attribute.i for attribute in node.attribute}
-        whole = weight and len(weight.shape) == 2 and readers[weight.name] == 1 and flags.get("transB") == 1
-        parts = -(-4 * prod(weight.shape) // largest) if weight and whole else 1
-        if weight is None or parts < 2:
+        turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        if weight is None or not turned or len(weight.shape) != 2:
             nodes.append(node)
             continue
         out, width = weight.shape
-        edges = [out * part // parts for part in range(parts + 1)]
-        sliced[weight.name] = []
-        for part, (start, stop) in enumerate(pairwise(edges)):
-            name = f"{weight.name}.part{part}"
-            sliced[weight.name].append((name, start * width, (stop - start, width)))
+        parts = -(-ITEM_SIZES[weight.dtype] * out * width // largest)
+        if parts < 2 and readers[weight.name] == 1:
+            nodes.append(node)
+            continue
+        edges = pairwise(out * part // parts for part in range(parts + 1))
+        slices: list[Slice] = [
+            (f"{weight.name}.part{n}", start * width, (stop - start, width)) for n, (start, stop) in enumerate(edges)
+        ]
+        sliced[weight.name] = slices
+        outputs = [f"{node.output[0]}.part{n}" for n in range(parts)] if parts > 1 else [node.output[0]]
+        for n, (name, _, _) in enumerate(slices):
             piece = onnx.NodeProto()
             piece.CopyFrom(node)
-            piece.name, piece.input[1], piece.output[0] = f"{node.name}.part{part}", name, f"{node.output[0]}.part{part}"
+            piece.name, piece.input[1], piece.output[0] = f"{node.name}.part{n}", name, outputs[n]
             nodes.append(piece)
-        pieces = [f"{node.output[0]}.part{part}" for part in range(parts)]
-        nodes.append(onnx.helper.make_node("Concat", pieces, [node.output[0]], name=f"{node.name}.joined", axis=-1))
+        if parts > 1:
+            nodes.append(onnx.helper.make_node("Concat", outputs, [node.output[0]], name=f"{node.name}.joined", axis=-1))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return sliced
