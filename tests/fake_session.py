@@ -50,7 +50,10 @@ class FakeSession:
         blocks = table[owner, batch.positions // size]
         assert (blocks > 0).all(), "a token would be written to the reserved block"
         self.pool[blocks, batch.positions % size] = batch.token_ids
-        return StepResult(logits=np.stack([self._logits(batch, int(row), int(owner[row])) for row in batch.logit_rows]) if len(batch.logit_rows) else np.empty((0, self.vocab_size), np.float32))  # fmt: skip
+        logits = np.empty((len(batch.logit_rows), self.vocab_size), np.float32)
+        for index, row in enumerate(batch.logit_rows.tolist()):
+            logits[index] = self._logits(batch, row, int(owner[row]))
+        return StepResult(logits=logits)
 
     def _logits(self, batch: Batch, row: int, sequence: int) -> np.ndarray:
         length = int(batch.positions[row]) + 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from fake_session import limits, params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from fake_session import limits, params
 
 from zoo.runtime.abi import EngineLimits
 from zoo.runtime.scheduler import Scheduler, Step

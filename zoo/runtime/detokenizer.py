@@ -27,6 +27,7 @@ import tokenizers
 RUN_LIMIT = 48  # bytes: 12 emoji
 WINDOW_LIMIT = 32  # tokens
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+NOTHING = -1  # the piece of an id that is no token: it does not even end a run of bytes
 
 
 class TextStream(Protocol):
@@ -136,13 +137,17 @@ class FallbackStream:
         piece = self._pieces.get(token)
         if piece is None:
             piece = self._pieces[token] = self._piece(token)
+        if piece == NOTHING:
+            return ""
         return self._stripped(self._byte(piece) if isinstance(piece, int) else self._end_run() + piece)
 
     def finish(self) -> str:
         return self._stripped(self._end_run())
 
     def _piece(self, token: int) -> str | int:
-        text = self._tokenizer.id_to_token(token) or ""
+        text: str | None = self._tokenizer.id_to_token(token)
+        if text is None:
+            return NOTHING
         for old, new in self._replaced:
             text = text.replace(old, new)
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
