@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
@@ -17,6 +21,16 @@ from zoo.weights.recipe import Weight, channel_scale, computed, quantize, scale,
 
 HIDDEN, VOCAB, BLOCKS, BLOCK = 32, 48, 9, 4
 LIMITS = Limits(max_tokens=16, max_sequences=6, max_context=16, max_blocks=BLOCKS, block_size=BLOCK)
+
+
+def rtx() -> Any:
+    """The tensorrt_rtx module. Without it a test is skipped with the reason; in CI (ZOO_CI=1) its absence is a failure."""
+    if not importlib.util.find_spec("tensorrt_rtx"):
+        text = "TensorRT-RTX is not installed: pip install 'engine-zoo[rtx]'"
+        pytest.fail(text) if os.environ.get("ZOO_CI") else pytest.skip(text)
+    import tensorrt_rtx
+
+    return tensorrt_rtx
 
 
 def hardware(

@@ -136,7 +136,7 @@ def _writer(trt: Any, file: Any, failed: list[OSError]) -> Any:
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
-        def write(self, data: bytes) -> int:
+        def write(self, data: bytes, size: int | None = None) -> int:  # the library gives the bytes alone
             try:
                 return int(file.write(data))
             except OSError as error:
@@ -156,11 +156,11 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, arrays: Mapping[st
         if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
             raise CompileError(f"the parser refuses the weight {name} of {array.nbytes} bytes" + _said(log))
     if not parser.parse_model_proto():
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
         lines = []
-        for error in errors:
-            where = error.node_name() or f"node {error.node()}"
-            lines.append(f"{where} ({error.node_operator()}): {error.desc()}")
+        for index in range(parser.num_errors):
+            parser_error = parser.get_error(index)
+            where = parser_error.node_name() or f"node {parser_error.node()}"
+            lines.append(f"{where} ({parser_error.node_operator()}): {parser_error.desc()}")
         raise CompileError("the parser refuses the graph:\n  " + "\n  ".join(lines or log.errors or ["without a message"]))
     return parser
 

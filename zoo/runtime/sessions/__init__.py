@@ -13,7 +13,8 @@ def open_session(folder: Path, manifest: EngineManifest, threads: int = 0) -> Se
     """Load the engine whose files lie in ``folder`` by their names in the artifact; digests are verified already.
 
     ``threads`` is for CPU engines; 0 means every core this process may use. Raises IncompatibleError when this machine
-    cannot run the engine, UnavailableError without its GPU or packages, ResourceError when memory or disk are short, ArtifactError when files are missing or wrong.
+    cannot run the engine, UnavailableError without its GPU or packages, ResourceError when memory or disk are short,
+    ArtifactError when files are missing or wrong.
     """
     name = manifest.compiler.get("name")
     if name == "onnxruntime":

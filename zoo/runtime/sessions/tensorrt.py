@@ -178,21 +178,21 @@ def rtx_check_plan(trt: Any, runtime: Any, plan: Any, name: str) -> None:
 
 def rtx_open_cache(runtime_config: Any, path: Path) -> Any:
     """TensorRT-RTX's cache of compiled kernels, filled from an earlier run; the library refuses one that does not fit."""
-    cache = runtime_config.create_runtime_cache()
+    runtime_cache = runtime_config.create_runtime_cache()
     with contextlib.suppress(OSError):
-        cache.deserialize(path.read_bytes())
-    runtime_config.set_runtime_cache(cache)
-    return cache
+        runtime_cache.deserialize(path.read_bytes())
+    runtime_config.set_runtime_cache(runtime_cache)
+    return runtime_cache
 
 
-def rtx_save_cache(cache: Any, path: Path) -> None:
+def rtx_save_cache(runtime_cache: Any, path: Path) -> None:
     """Keep compiled kernels for the next start. Failing to costs time then, nothing else."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with aside.open("wb") as file:
-                file.write(bytes(cache.serialize()))
+                file.write(bytes(runtime_cache.serialize()))
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
