@@ -199,7 +199,7 @@ class LLM:
             completions = [CompletionOutput(index) for index in range(wanted.n)]
             outputs.append(RequestOutput(name, prompt, tokens, completions))
             for index, completion in enumerate(completions):
-                seed = None if wanted.seed is None else wanted.seed + index
+                seed = None if wanted.seed is None else int(wanted.seed) + index
                 child = name if wanted.n == 1 else f"{name}-{index}"
                 requests[child] = (tokens, dataclasses.replace(wanted, n=1, seed=seed))
                 places[child] = completion

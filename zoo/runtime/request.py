@@ -11,19 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from zoo.errors import RequestError
 
+INTEGERS = (int, np.integer)
+NUMBERS = (*INTEGERS, float, np.floating)
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 
 
 def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (low <= value <= high) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not (low <= value <= high) or not math.isfinite(value):
         raise RequestError(f"{name} is {value!r}; it must be {what}")
 
 
 def _integer(name: str, value: Any, low: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < low:
         raise RequestError(f"{name} is {value!r}; it must be {what}")
 
 
@@ -92,8 +96,8 @@ class SamplingParams:
         _integer("top_k", self.top_k, -1, "a whole number of at least 1, or 0 or -1 for all tokens")
         _number("top_p", self.top_p, math.ulp(0.0), 1, "above 0 and at most 1")
         _number("min_p", self.min_p, 0, 1, "between 0 and 1")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise RequestError(f"seed is {self.seed!r}; it must be a whole number or None")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**127), "a whole number of at most 127 bits, or None")
         _number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf, "a finite number above 0 (1 is none)")
         _number("presence_penalty", self.presence_penalty, -2, 2, "between -2 and 2")
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "between -2 and 2")
@@ -108,6 +112,9 @@ class SamplingParams:
                 _number(f"logit_bias[{token}]", bias, -100, 100, "between -100 and 100")
 
     def _check_stops(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), list | tuple | set | frozenset | str | None):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a list")
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
             raise RequestError(f"stop has {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed")
