@@ -228,7 +228,12 @@ GPT2_NAMES = TensorNames(
 def spec(folder: Path) -> ModelSpec:
     """The ModelSpec of a folder, written down by hand from its config: independent of conf/ and of ``zoo add``."""
     c = json.loads((folder / "config.json").read_text())
-    common: dict[str, Any] = {"name": folder.name, "family": c["model_type"], "dtype": c["dtype"], "checkpoint": str(folder)}
+    common: dict[str, Any] = {
+        "name": folder.name,
+        "family": c["model_type"],
+        "dtype": c.get("dtype") or c["torch_dtype"],
+        "checkpoint": str(folder),
+    }
     if c["model_type"] == "gpt2":
         return ModelSpec(
             **common,

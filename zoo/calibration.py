@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 TEXT = Path(__file__).parent / "calibration_text.txt"
 CHUNK = 512  # tokens that run as one sequence
+PROBE = "probe"  # the sum of the last linear input's magnitudes: not finite if anything before it was not
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -90,7 +91,7 @@ def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], prog
     length = min(CHUNK, model.max_positions)
     graph = observed(expand(fit_names(model, tensors), "float32", length))
     names = [variable.name for variable in graph.graph.outputs]
-    peaks = np.zeros(len(names), dtype=np.float32)
+    peaks = np.zeros(len(names), dtype=np.float32)  # of PROBE, the largest sum
     with tempfile.TemporaryDirectory(prefix="zoo-calibration-") as folder:
         session = _session(graph, tensors, Path(folder), progress)
         for start in range(0, len(ids), length):
@@ -102,17 +103,21 @@ def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], prog
             peaks = np.maximum(peaks, session.run(names, {name: feeds[name] for name in wanted}))
         del session
     if not np.isfinite(peaks).all():
-        bad = [name for name, peak in zip(names, peaks, strict=True) if not np.isfinite(peak)]
+        bad = [name for name, peak in zip(names[:-1], peaks, strict=False) if not np.isfinite(peak)] or names[-2:-1]
         raise CheckpointError(f"model {model.name!r}: activations that are not finite at {', '.join(bad[:5])}; check the weights")
     scales = np.where(peaks > 0, peaks / np.float32(FLOAT8_MAX), np.float32(1))
-    return {name: float(value) for name, value in zip(names, scales, strict=True)}
+    return {name: float(value) for name, value in zip(names, scales, strict=True) if name != PROBE}
 
 
 def observed(graph: ModelGraph) -> ModelGraph:
-    """The plain graph, its linear layers fused as engines fuse them, with max|x| of their inputs as its only outputs."""
+    """The plain graph, its linear layers fused as engines fuse them, with max|x| of their inputs as outputs, and ``PROBE``.
+
+    The probe is there because ONNX Runtime's ReduceMax passes over a NaN among numbers; ReduceSum does not.
+    """
     fuse_linears(graph)
     names = activation_names(graph)
-    outputs, nodes = [], []
+    outputs: list[gs.Variable] = []
+    nodes: list[gs.Node] = []
     for linear in linears(graph):
         name = names[linear.name]
         if name != f"{linear.name}.x":
@@ -122,6 +127,9 @@ def observed(graph: ModelGraph) -> ModelGraph:
         nodes.append(gs.Node("Abs", f"{name}.abs", inputs=[linear.input], outputs=[size]))
         nodes.append(gs.Node("ReduceMax", f"{name}.max", attrs={"keepdims": 0}, inputs=[size], outputs=[peak]))
         outputs.append(peak)
+    probe = gs.Variable(PROBE, dtype=ONNX_TYPES["float32"], shape=[])
+    nodes.append(gs.Node("ReduceSum", PROBE, attrs={"keepdims": 0}, inputs=[size], outputs=[probe]))
+    outputs.append(probe)
     graph.graph.nodes.extend(nodes)
     graph.graph.outputs = outputs
     graph.graph.cleanup(remove_unused_graph_inputs=False)
