@@ -12,16 +12,19 @@ import pytest
 import torch
 import transformers
 from linear_graphs import from_text, nodes_of
+from ragged import Ragged, Traffic, build_spec, engine_limits
 
 from zoo.calibration import calibrate, unbound_scales
 from zoo.errors import PassError
 from zoo.graph import ModelGraph
 from zoo.graph_templates import expand
+from zoo.passes import run_passes
 from zoo.passes.frame import PassContext, run
 from zoo.passes.fuse_linears import FuseLinears
 from zoo.passes.quantize_fp8 import QuantizeFp8
 from zoo.spec import BuildSpec, HardwareSpec, Limits, ModelSpec, ParallelSpec, QuantSpec
 from zoo.targets import TARGETS
+from zoo.weights.bind import materialize
 from zoo.weights.reader import Tensors
 from zoo.weights.recipe import channel_scale, concat, quantize, scale, tensor
 
@@ -200,6 +203,17 @@ def fp8_reference(folder: Path, scales: dict[str, float], skip: tuple[str, ...])
     return model
 
 
+def assert_same_quantized(got: np.ndarray, wanted: np.ndarray) -> None:
+    """Sequences [N, S, V] agree to 1e-5, except that one in four may hold a rounding that fell to the other side.
+
+    An activation within float32 noise of the middle of two float8 values rounds either way, depending on the order in which
+    a CPU adds; about one in a hundred of these short sequences meets that, and then differs by what one rounding moves.
+    """
+    apart = np.abs(got - wanted).max(axis=(1, 2))
+    assert (apart > 1e-5).mean() <= 0.25, apart
+    assert apart.max() < 0.1, apart
+
+
 @pytest.mark.parametrize("skip", [("lm_head",), ()], ids=["head-kept", "all"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_rewritten_graph_is_the_same_quantized_arithmetic_as_torch(
@@ -208,16 +222,37 @@ def test_the_rewritten_graph_is_the_same_quantized_arithmetic_as_torch(
     family, overrides = families.CASES[case]
     folder = families.make_checkpoint(tmp_path_factory.getbasetemp(), family, **overrides)
     model = families.spec(folder)
-    ids = families.prompt(folder, 12, seed=5)
+    rows = [families.prompt(folder, 4, seed=seed) for seed in range(8)]
     with Tensors.open(folder) as tensors:
         scales = calibrate(model, tensors, families.prompt(folder, 64, seed=6))
-        plain = families.Plain(expand(model, "float32"), tensors).logits([ids])[0]
+        plain = families.Plain(expand(model, "float32"), tensors).logits(rows)
         graph = rewrite(expand(model, "float32"), model, skip)
         assert set(unbound_scales(graph)) <= set(scales)
-        got = families.Plain(graph, tensors, scales).logits([ids])[0]
+        got = families.Plain(graph, tensors, scales).logits(rows)
     with torch.no_grad():
-        wanted = fp8_reference(folder, scales, skip)(torch.tensor([ids])).logits[0].numpy()
-    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+        wanted = fp8_reference(folder, scales, skip)(torch.tensor(rows)).logits.numpy()
+    assert_same_quantized(got, wanted)
     # What it costs on random weights, whose sharp attention amplifies roundings of up to 2^-4: 15% is typical, 25% the bound.
     error = np.linalg.norm(got - plain) / np.linalg.norm(plain)
     assert 0.02 < error < 0.25
+
+
+@pytest.mark.parametrize("case", ["llama-grouped", "qwen2-tied-odd", "gpt2-odd"])
+def test_the_ragged_engine_graph_is_quantized_alike(tmp_path_factory, case: str) -> None:
+    """All passes of an FP8 build: eight sequences prefilled in chunks of one ragged batch give what the plain graph gives."""
+    family, overrides = families.CASES[case]
+    folder = families.make_checkpoint(tmp_path_factory.getbasetemp(), family, **overrides)
+    model = families.spec(folder)
+    spec = build_spec(model, quant="fp8")
+    rows = [families.prompt(folder, 4, seed=seed) for seed in range(8)]
+    ragged = run_passes(expand(model, "float32", spec.limits.max_context), spec, TARGETS["onnxruntime"], check=True)
+    assert ragged.ragged and any(node.op == "ZooFp8Linear" for node in ragged.graph.nodes)
+    with Tensors.open(folder) as tensors:
+        scales = calibrate(model, tensors, families.prompt(folder, 64, seed=6))
+        wanted = families.Plain(rewrite(expand(model, "float32"), model), tensors, scales).logits(rows)
+        weights = {name: materialize(weight, tensors, scales) for name, weight in ragged.weights.items()}
+        traffic = Traffic(Ragged(ragged, weights, engine_limits(spec.limits)))
+        names = [f"s{number}" for number in range(8)]
+        first = traffic.step({name: row[:3] for name, row in zip(names, rows, strict=True)}, rows=range(24)).reshape(8, 3, -1)
+        last = traffic.step({name: row[3:] for name, row in zip(names, rows, strict=True)}).reshape(8, 1, -1)
+    assert_same_quantized(np.concatenate([first, last], axis=1), wanted)
