@@ -7,6 +7,7 @@ from pathlib import Path
 
 import families
 from ragged import build_spec
+
 from zoo.artifacts.manifest import EngineManifest
 from zoo.compilers.onnxruntime import OnnxRuntimeCompiler
 from zoo.graph import ModelGraph

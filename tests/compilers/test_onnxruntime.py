@@ -232,5 +232,5 @@ def test_run_reference_takes_small_floats_and_names_refusals() -> None:
     for name, array in values.items():
         np.testing.assert_array_equal(outputs[f"{name}_out"], array.astype(np.float32))
     graph.graph.nodes[0].op = "Frobnicate"
-    with pytest.raises(CompileError, match="onnxruntime refuses the graph.*Frobnicate"):
+    with pytest.raises(CompileError, match=r"onnxruntime refuses the graph.*Frobnicate"):
         run_reference(graph, {}, values)

@@ -291,7 +291,7 @@ def test_disk_fills_up_while_weights_are_written(
         (full / "checkpoint").symlink_to(folder / "checkpoint")
         before = tree(full)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
-        with pytest.raises(ResourceError, match="disk is full|No space left"):
+        with pytest.raises(ResourceError, match=r"disk is full|No space left"):
             open_session(full, manifest)
         assert tree(full) == before
     finally:
