@@ -2,7 +2,7 @@
 
     x ── Identity ─▶ y        becomes   x ─▶
 
-Linear in the size of the graph; a rewriting pass calls ``remove_dead`` on what it left behind.
+A rewriting pass calls ``remove_dead`` on what it left behind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoo.passes.frame import Pass, PassContext
 
 
 class Clean(Pass):
-    """Remove what does nothing. Counts: ``identities``, ``dead_nodes``, ``unused_weights``."""
+    """Remove what does nothing. Counts: ``dead_nodes``, ``identities``, ``unused_weights``."""
 
     name = "clean"
     phase = "clean"
@@ -31,8 +31,8 @@ class Clean(Pass):
 def clean(graph: ModelGraph) -> PassReport:
     """The pass itself; it asks nothing of the build."""
     report = PassReport(Clean.name)
-    report.counts["identities"] = _remove_identities(graph, report)
     report.counts["dead_nodes"] = remove_dead(graph)
+    report.counts["identities"] = _remove_identities(graph, report)
     report.counts["unused_weights"] = graph.drop_unused_weights()
     return report
 
@@ -70,7 +70,9 @@ def _remove_identities(graph: ModelGraph, report: PassReport) -> int:
             report.misses.append(Miss(node.name, f"it names the graph output {copy.name}"))
             continue
         for reader in list(copy.outputs):
-            reader.inputs = [source if tensor is copy else tensor for tensor in reader.inputs]
+            for place, tensor in enumerate(reader.inputs):
+                if tensor is copy:
+                    reader.inputs[place] = source
         detach([node])
         gone.add(id(node))
     if gone:
