@@ -161,7 +161,9 @@ class Tensors:
         """A read-only view of the mapped file. Keep the ``Tensors`` open while it is used."""
         number, entry = self._find(name)
         if entry.nbytes == 0:
-            return np.zeros(entry.shape, NUMPY[entry.dtype])
+            empty: Array = np.zeros(entry.shape, NUMPY[entry.dtype])
+            empty.flags.writeable = False
+            return empty
         mapped = self._maps[number]
         raw: Array = np.frombuffer(mapped, np.uint8, count=entry.nbytes, offset=entry.start)
         return raw.view(NUMPY[entry.dtype]).reshape(entry.shape)
