@@ -8,7 +8,8 @@ The plain graph, rather than an engine behind ``zoo.runtime``: activations insid
 plain graph computes the same numbers (tests hold that), and it needs neither a cache nor a scheduler for whole sequences.
 
 Names are those that the FP8 pass asks for, by the same functions. Weights are packed into one temporary file that ONNX
-Runtime maps, so that memory stays near the size of one chunk's activations; disk: 4 bytes a parameter, without the head.
+Runtime maps, so that memory stays near the size of one chunk's activations; it takes 4 bytes a parameter, without the head, in
+the folder for temporary files (TMPDIR).
 Without a checkpoint there is nothing to run: ``unbound_scales`` lists what an engine then still needs.
 """
 
