@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"errors", "spec", "weights", "artifacts", "resources"},
     "llm": FOUNDATION | {"runtime", "build"},
     "serving": FOUNDATION | {"runtime", "llm"},
-    "commands": FOUNDATION | {"config", "build", "planning", "llm", "serving", "compilers", "graph_templates", "checkpoints"},
+    "commands": FOUNDATION | {"runtime", "config", "build", "planning", "llm", "serving", "compilers", "graph_templates", "checkpoints"},
     "cli": {"errors", "commands"},
     "": {"llm", "runtime"},  # zoo/__init__.py
 }

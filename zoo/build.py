@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -28,7 +29,7 @@ from zoo.artifacts.manifest import Engine, EngineManifest
 from zoo.artifacts.registry import Entry, Registry, default_root
 from zoo.checkpoints import Checkpoint, check_config, check_tensors, fit_names
 from zoo.compilers import COMPILERS
-from zoo.errors import ConfigError, UnavailableError
+from zoo.errors import ConfigError, ResourceError, UnavailableError
 from zoo.graph import ModelGraph
 from zoo.graph_templates import expand
 from zoo.passes import run_passes
@@ -224,10 +225,20 @@ def _scales(spec: BuildSpec, checkpoint: Checkpoint | None, identity: Identity, 
 @contextlib.contextmanager
 def _workdir(root: Path) -> Iterator[Path]:
     """A folder for compiler output, beside the registry so that storing it is a rename away; removed in every case."""
-    root.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
+    except OSError as error:
+        raise ResourceError(f"the registry {root} cannot be written: {error.strerror}; set ZOO_HOME to another folder") from None
     try:
         yield path
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"the disk of {root} is full; nothing was stored. Free some (`zoo gc` removes what nothing refers to) or "
+            "set ZOO_HOME to another disk"
+        ) from None
     finally:
         shutil.rmtree(path, ignore_errors=True)
 

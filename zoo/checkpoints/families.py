@@ -7,6 +7,7 @@ what the architecture's ``defaults`` say, as in transformers.
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -26,6 +27,9 @@ ACTIVATIONS = {
 }
 PRODUCT = re.compile(r"(?:(\d+) \* )?(\w+)(?: / (\w+))?")
 ABSENT = object()
+# Numbers that change no shape: a model YAML may set them apart from its checkpoint's config.json (``rope.*`` too).
+TUNABLE = ("norm_eps", "softcap", "attention_scale", "window", "window_layers")
+log = logging.getLogger("zoo")
 
 
 def recognise(config: dict[str, Any], where: str, tensors: Tensors | None = None) -> tuple[str, str]:
@@ -84,9 +88,11 @@ def read(config: dict[str, Any], family: str, architecture: str, where: str) -> 
 
 
 def check_config(model: ModelSpec, checkpoint: Checkpoint) -> None:
-    """Raise a CheckpointError that lists every number and option in which a model and a checkpoint's config.json differ.
+    """Raise a CheckpointError that lists every size and option in which a model and a checkpoint's config.json differ.
 
-    A model may stop at fewer positions than its checkpoint was trained for when its positions are rotary.
+    A model may stop at fewer positions than its checkpoint was trained for when its positions are rotary. Numbers that
+    change no shape (``TUNABLE``: an epsilon, a rotary base) may be set apart from the checkpoint on purpose: the YAML
+    decides, and the difference is logged as a warning.
     """
     where = str(checkpoint.folder / "config.json")
     family, architecture = recognise(checkpoint.config, where, checkpoint.tensors)
@@ -95,10 +101,10 @@ def check_config(model: ModelSpec, checkpoint: Checkpoint) -> None:
             f"{where}: {architecture} is of family {family}, but model {model.name!r} is of family {model.family}"
         )
     values = read(checkpoint.config, family, architecture, where)
-    different = []
+    different, tuned = [], []
     for key, theirs in values.items():
         if key == "rope":
-            different += [
+            tuned += [
                 f"rope.{part}: {getattr(model.rope, part)!r}, config.json means {number!r}"
                 for part, number in theirs.items()
                 if getattr(model.rope, part) != number
@@ -108,7 +114,9 @@ def check_config(model: ModelSpec, checkpoint: Checkpoint) -> None:
         theirs = tuple(theirs) if isinstance(theirs, list) else theirs
         fewer = key == "max_positions" and model.position == "rope" and ours < theirs
         if ours != theirs and not fewer:
-            different.append(f"{key}: {ours!r}, config.json means {theirs!r}")
+            (tuned if key in TUNABLE else different).append(f"{key}: {ours!r}, config.json means {theirs!r}")
+    for difference in tuned:
+        log.warning("model %r differs from its checkpoint config.json in %s", model.name, difference)
     if different:
         raise CheckpointError(f"{where} disagrees with model {model.name!r}:\n  " + "\n  ".join(different))
 
