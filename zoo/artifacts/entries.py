@@ -156,23 +156,20 @@ class Entry:
     def manifest(self) -> EngineManifest:
         """The engine's own manifest; its digest, its name and what it says of its files are checked."""
         blob = self.image.files["engine.json"]
-        manifest = EngineManifest.from_json(self.layout.document(blob, f"{self.ref}, engine.json", ENGINE_JSON_LIMIT))
-        check_manifest(manifest, self.image, self.ref)
-        for key, value in annotations_of(manifest, sum(layer.size for layer in self.image.layers)).items():
-            if (said := self.descriptor.annotations.get(key, value)) != value:
-                raise DigestError(
-                    f"{self.ref}: engine.json gives {key} as {value!r}, the index as {said!r}: one was tampered with"
-                )
-        return manifest
+        document = self.layout.document(blob, f"{self.ref}, engine.json", ENGINE_JSON_LIMIT)
+        return check_manifest(EngineManifest.from_json(document), self.image, self.descriptor.annotations, self.ref)
 
 
-def check_manifest(manifest: EngineManifest, image: ImageManifest, where: str) -> None:
-    """Compare an engine's manifest with itself and with the layers it came with."""
+def check_manifest(manifest: EngineManifest, image: ImageManifest, annotations: dict[str, str], where: str) -> EngineManifest:
+    """Compare an engine's manifest with itself, with the layers it came with and with what the index says of it."""
     if digest_of(manifest.made) != manifest.build:
-        raise DigestError(
-            f"{where}: engine.json: 'build' is {manifest.build}, but its ingredients ('made') give {digest_of(manifest.made)}"
-        )
+        made = digest_of(manifest.made)
+        raise DigestError(f"{where}: engine.json: 'build' is {manifest.build}, but its ingredients ('made') give {made}")
     layers = {name: {"digest": blob.digest, "size": blob.size} for name, blob in image.files.items() if name != "engine.json"}
     if layers != manifest.files:
         wrong = sorted(name for name in layers.keys() | manifest.files.keys() if layers.get(name) != manifest.files.get(name))
         raise DigestError(f"{where}: engine.json and the layers disagree on {', '.join(wrong[:5])}")
+    for key, value in annotations_of(manifest, sum(layer.size for layer in image.layers)).items():
+        if (said := annotations.get(key, value)) != value:
+            raise DigestError(f"{where}: engine.json gives {key} as {value!r}, the index as {said!r}: one was tampered with")
+    return manifest

@@ -10,7 +10,6 @@ from typing import Any
 
 from zoo.artifacts.entries import PREFIX, annotations_of
 from zoo.artifacts.layout import (
-    ARTIFACT,
     CONFIG,
     CREATED,
     DOC,
@@ -91,7 +90,8 @@ def config_json(manifest: EngineManifest, layers: list[Descriptor]) -> dict[str,
 def stage_documents(staging: Staging, manifest: EngineManifest, files: Mapping[str, tuple[str, int]]) -> Descriptor:
     """Stage engine.json, the config and the image manifest of staged files (name -> digest, size).
 
-    Returns the image manifest's descriptor with the annotations that the version's index carries.
+    Returns the image manifest's descriptor with the annotations that the version's index carries. It has no artifactType
+    (the manifest itself has): skopeo 1.9 drops that field from an index and then cannot keep the index's digest.
     """
     manifest = dataclasses.replace(
         manifest, files={name: {"digest": digest, "size": size} for name, (digest, size) in sorted(files.items())}
@@ -111,7 +111,7 @@ def stage_documents(staging: Staging, manifest: EngineManifest, files: Mapping[s
                 f"the {name} has {len(text)} bytes; at most {DOCUMENT_LIMIT} are allowed: too many files or names"
             )
         staging.add_bytes(text)
-    return describe(document, MANIFEST, annotations, ARTIFACT)
+    return describe(document, MANIFEST, annotations)
 
 
 def version_annotations(descriptors: list[Descriptor]) -> dict[str, str]:

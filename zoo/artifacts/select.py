@@ -99,8 +99,9 @@ def check_compatible(engine: Entry | EngineManifest, machine: Machine) -> None:
 def choose(entries: list[Entry], machine: Machine, asked: str) -> Entry:
     """The best of some engines for a machine. IncompatibleError gives the reason for each when none fits.
 
-    GPU engines come before CPU engines; then the largest GPU; the engine made for a card of its memory; the compiler that its hardware file
-    prefers; on a GPU the quantized engine (it is why one was built), on a CPU the plain one; the fewest ranks; the newest.
+    GPU engines come before CPU engines; then the largest GPU; the engine made for a card of its memory; the compiler that
+    its hardware file prefers; on a GPU the quantized engine (it is why one was built), on a CPU the plain one; the fewest
+    ranks; the newest.
     """
     reasons = {entry.ref: why_not(Needs.of(entry), machine) for entry in entries}
     fitting = [entry for entry in entries if not reasons[entry.ref]]
