@@ -105,6 +105,18 @@ def test_rows_may_repeat_and_come_in_any_order(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BODIES)
+def test_no_rows_fill_the_cache_and_whole_blocks_are_whole(kind: str) -> None:
+    """A chunk whose logits nobody wants, and sequences that end where a block ends."""
+    ragged, arrays = fresh("grouped", kind)
+    a = ids(12)
+    assert LIMITS.block_size == 4
+    traffic = Traffic(ragged)
+    assert traffic.step({"a": a[:8], "b": a[:4]}, rows=[]).shape == (0, VOCAB)
+    got = traffic.step({"a": a[8:], "b": a[4:8]})
+    assert_close(got, logits_of(arrays, SHAPES["grouped"], a)[[11, 7]])
+
+
+@pytest.mark.parametrize("kind", BODIES)
 def test_padding_tokens_change_nothing(kind: str) -> None:
     """The last sequence of a captured step: positions 0, a table row of 0, kv_length 1."""
     ragged, arrays = fresh("window", kind)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from zoo.errors import PassError, ZooError
 from zoo.graph import Miss, ModelGraph, PassReport
@@ -143,9 +144,7 @@ def check_graph(graph: ModelGraph) -> None:
         raise PassError(f"the graph is not valid ONNX afterwards: {error}") from None
 
 
-def _is_given(graph: ModelGraph, tensor: object) -> bool:
-    import onnx_graphsurgeon as gs
-
+def _is_given(graph: ModelGraph, tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) or any(tensor is given for given in graph.graph.inputs)
 
 
