@@ -39,6 +39,7 @@ from zoo.spec import BuildSpec, digest_of, to_json
 from zoo.targets import TARGETS
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (total 0: unknown)
+_CALIBRATED: dict[str, dict[str, float]] = {}
 
 # The files whose change can change an engine. Serving, storage and the command line are not among them.
 SOURCES = ("spec.py", "targets.py", "graph.py", "build.py", "calibration.py")
@@ -215,11 +216,16 @@ def _rewritten(graph: ModelGraph) -> set[str]:
 
 
 def _scales(spec: BuildSpec, checkpoint: Checkpoint | None, identity: Identity, report: Progress) -> dict[str, float]:
+    """The activation scales of a quantized engine. They depend on the model and the text only, so the profiles built by
+    one process share them."""
     if spec.quant.method == "none" or not checkpoint:
         return {}
     from zoo.calibration import calibrate_checkpoint
 
-    return calibrate_checkpoint(spec.model, checkpoint, spec.quant.calibration_tokens, report)
+    key = f"{identity.version} {spec.quant.calibration_tokens} {identity.made['calibration']}"
+    if key not in _CALIBRATED:
+        _CALIBRATED[key] = calibrate_checkpoint(spec.model, checkpoint, spec.quant.calibration_tokens, report)
+    return dict(_CALIBRATED[key])
 
 
 @contextlib.contextmanager

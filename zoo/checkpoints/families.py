@@ -101,7 +101,8 @@ def check_config(model: ModelSpec, checkpoint: Checkpoint) -> None:
             f"{where}: {architecture} is of family {family}, but model {model.name!r} is of family {model.family}"
         )
     values = read(checkpoint.config, family, architecture, where)
-    different, tuned = [], []
+    different: list[str] = []
+    tuned: list[str] = []
     for key, theirs in values.items():
         if key == "rope":
             tuned += [
@@ -166,8 +167,8 @@ def _rope(config: dict[str, Any], defaults: dict[str, Any], problems: list[str])
     if kind == "llama3":
         rope["low_freq_factor"] = given.get("low_freq_factor")
         rope["high_freq_factor"] = given.get("high_freq_factor")
-        trained = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-        rope["original_max_positions"] = trained or config.get("max_position_embeddings")
+        trained = given.get("original_max_position_embeddings")
+        rope["original_max_positions"] = trained or {**defaults, **config}.get("max_position_embeddings")
     for key, value in rope.items():
         if key != "kind" and not (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
             problems.append(f"rotary {key} is {value!r}; it must be a number over 0")

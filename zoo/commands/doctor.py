@@ -32,7 +32,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     root = registry.root
     while not root.exists():
         root = root.parent
-    data = {
+    data: dict[str, Any] = {
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_available": available_memory(),

@@ -30,8 +30,9 @@ def generate(arguments: argparse.Namespace) -> int:
                 }
             )
             return 0
+        pieces = llm.stream(arguments.prompt, params)  # refuses a bad request before anything is printed
         print(arguments.prompt, end="", flush=True)
-        for piece in llm.stream(arguments.prompt, params):
+        for piece in pieces:
             print(piece.text, end="", flush=True)
         print()
     return 0

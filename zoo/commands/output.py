@@ -30,13 +30,14 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = ()) -> None:
-    """A plain table on stdout; wide enough never to cut a REF when stdout is not a terminal."""
+    """A plain table on stdout. A terminal folds long cells; elsewhere each row is one line."""
+    terminal = sys.stdout.isatty()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=not terminal, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    Console(file=sys.stdout, width=None if terminal else 10_000, markup=False, highlight=False).print(table)
 
 
 class StageProgress:

@@ -118,6 +118,8 @@ class Server:
         for one in prompt:
             if not isinstance(one, str) and not _is_ids(one):
                 raise RequestError("each prompt must be text or a list of token ids")
+            if not one:
+                raise RequestError("a prompt is empty: give some text, or at least one token id")
             prompts.append(self.encode(one) if isinstance(one, str) else list(one))
         return prompts
 
