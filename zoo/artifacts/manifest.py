@@ -97,30 +97,105 @@ class EngineManifest:
         if data.get("schema") != SCHEMA:
             raise ArtifactError(f"engine.json: schema is {data.get('schema')!r}; this version reads {SCHEMA}; rebuild the engine")
         known = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - set(known)):
-            raise ArtifactError(f"engine.json: unknown fields {', '.join(map(str, unknown))}")
-        try:
-            values = dict(data)
-            values["abi"] = _abi(data["abi"])
-            manifest = cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"engine.json: malformed ({error}); rebuild the engine") from None
-        for name in ("model", "version", "profile", "build"):
-            if not isinstance(getattr(manifest, name), str):
-                raise ArtifactError(f"engine.json: {name} must be a string")
-        return manifest
+        if unknown := sorted(map(str, set(data) - set(known))):
+            raise ArtifactError(f"engine.json: unknown fields {', '.join(unknown)}; it was written by another version of zoo")
+        needed = [f.name for f in known.values() if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in data]:
+            raise ArtifactError(f"engine.json: no field {', '.join(missing)}; rebuild the engine")
+        for name, value in data.items():
+            _check(name, value, FIELDS[name])
+        _check_values(data)
+        return cls(**(data | {"abi": _abi(data["abi"])}))
 
 
-def _tensor(data: dict[str, Any]) -> TensorAbi:
-    return TensorAbi(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+# What JSON each field holds: a type, [type] for a list of it, {"*": type} for a table, {name: type} for a table in which
+# these names, if they are there, hold that. A ``dict`` may hold anything: it is shown and compared, never acted upon.
+FIELDS: dict[str, Any] = {
+    "model": str,
+    "version": str,
+    "profile": str,
+    "build": str,
+    "made": dict,
+    "compiler": {"*": str},
+    "spec": {"model": dict, "quant": dict, "hardware": dict, "parallel": {"tp": int, "pp": int}, "limits": dict, "dtype": str},
+    "needs": {"kind": str, "sm": int, "memory": int, "packages": {"*": str}},
+    "limits": {"*": int},
+    "abi": {"inputs": list, "outputs": list, "caches": list, "index_inputs": list},
+    "weights": {"table": str, "bound": bool, "files": [{"name": str, "digest": str, "size": int}]},
+    "passes": [{"name": str, "counts": {"*": int}, "misses": [dict]}],
+    "plugins": {"*": str},
+    "scratch": int,
+    "files": {"*": {"digest": str, "size": int}},
+    "created": str,
+    "seconds": (int, float),
+    "schema": int,
+}
+LONGEST = 1 << 16  # entries of one list or table
+
+
+def _check(path: str, value: Any, expected: Any) -> None:
+    """Compare JSON with its description in ``FIELDS``. Integers are never negative and never bools."""
+    if isinstance(expected, list | dict) or expected in (list, dict):
+        kind = list if isinstance(expected, list) else dict if isinstance(expected, dict) else expected
+        if not isinstance(value, kind) or len(value) > LONGEST:
+            raise ArtifactError(f"engine.json: {path} is {_said(value)}; expected {'a list' if kind is list else 'an object'}")
+        if isinstance(expected, list):
+            for place, item in enumerate(value):
+                _check(f"{path}[{place}]", item, expected[0])
+        elif isinstance(expected, dict):
+            for key, item in dict(value).items():
+                if (inner := expected.get(key, expected.get("*"))) is not None:
+                    _check(f"{path}.{str(key)[:80]}", item, inner)
+        return
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        names = {str: "text", bool: "true or false", int: "a whole number"}
+        raise ArtifactError(f"engine.json: {path} is {_said(value)}; expected {names.get(expected, 'a number')}")
+    if isinstance(value, int | float) and not 0 <= value < 1 << 63:
+        raise ArtifactError(f"engine.json: {path} is {_said(value)}; expected a number from 0 on")
+
+
+def _said(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float) or value is None else f"a {type(value).__name__}"
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    """What must hold beyond types: the kind of machine, and that files are described in full."""
+    kind = data["needs"].get("kind")
+    if kind not in ("cpu", "gpu"):
+        raise ArtifactError(f"engine.json: needs.kind is {_said(kind)}; expected cpu or gpu")
+    described: list[tuple[str, Any, tuple[str, ...]]]
+    described = [(f"files.{name}", one, ("digest", "size")) for name, one in data.get("files", {}).items()]
+    described += [("weights.files", one, ("name",)) for one in data.get("weights", {}).get("files", ())]
+    described += [("passes", one, ("name",)) for one in data.get("passes", ())]
+    for path, one, names in described:
+        if missing := [name for name in names if name not in one]:
+            raise ArtifactError(f"engine.json: {path} has no {', '.join(missing)}")
+
+
+def _tensor(data: Any, path: str) -> TensorAbi:
+    _check(path, data, {"name": str, "dtype": str, "shape": list})
+    if set(data) != {"name", "dtype", "shape"}:
+        raise ArtifactError(f"engine.json: {path} has {', '.join(map(str, data))}; expected name, dtype and shape")
+    if not all(isinstance(size, str) or (type(size) is int and 0 <= size < 1 << 63) for size in data["shape"]):
+        raise ArtifactError(f"engine.json: the shape of {path} is {str(data['shape'])[:80]}; expected sizes and names of sizes")
+    return TensorAbi(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+def _cache(data: Any, path: str) -> CacheAbi:
+    _check(path, data, {"name": str, "dtype": str, "shape": [int], "group": str})
+    if set(data) != {"name", "dtype", "shape", "group"}:
+        raise ArtifactError(f"engine.json: {path} has {', '.join(map(str, data))}; expected name, dtype, shape and group")
+    return CacheAbi(data["name"], data["dtype"], tuple(data["shape"]), data["group"])
 
 
 def _abi(data: dict[str, Any]) -> Abi:
-    caches = tuple(
-        CacheAbi(str(c["name"]), str(c["dtype"]), tuple(int(n) for n in c["shape"]), str(c["group"])) for c in data["caches"]
+    if missing := [name for name in ("inputs", "outputs", "caches") if name not in data]:
+        raise ArtifactError(f"engine.json: abi has no {', '.join(missing)}")
+    inputs, outputs, index = (
+        tuple(_tensor(one, f"abi.{name}[{place}]") for place, one in enumerate(data.get(name, ())))
+        for name in ("inputs", "outputs", "index_inputs")
     )
-    index = tuple(_tensor(t) for t in data.get("index_inputs", ()))
-    return Abi(tuple(map(_tensor, data["inputs"])), tuple(map(_tensor, data["outputs"])), caches, index)
+    return Abi(inputs, outputs, tuple(_cache(one, f"abi.caches[{place}]") for place, one in enumerate(data["caches"])), index)
 
 
 @dataclass
