@@ -1,0 +1,1 @@
+"""Entry points for automation, thin over the zoo package: run them as ``python -m pipelines.NAME``."""
