@@ -7,15 +7,9 @@ import sys
 
 from zoo.cli import main
 
-FLEET = [
-    "models=zoo-demo",
-    "quant=none",
-    "hardware=cpu,a100-80g",
-    "+",
-    "models=zoo-demo",
-    "quant=fp8",
-    "hardware=l40s,rtx-4090,rtx-5090",
-]
+PLAIN = ["models=zoo-demo", "quant=none", "hardware=cpu,a100-80g"]
+FP8 = ["models=zoo-demo", "quant=fp8", "hardware=l40s,rtx-4090,rtx-5090"]
+FLEET = [*PLAIN, "+", *FP8]
 
 if __name__ == "__main__":
     sys.exit(main(["engines", "-m", "--json", *(sys.argv[1:] or FLEET)]))

@@ -51,6 +51,7 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help="expand comma lists: hardware=l40s,rtx-4090; a lone + starts another set",
         )
+    if name in ("engines", "graph"):
         add("--dump", metavar="DIR", help="write the graph after each phase of rewriting there")
     if name == "graph":
         add("-o", "--output", metavar="FILE", required=True, help="the ONNX file to write")

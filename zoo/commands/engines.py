@@ -83,7 +83,11 @@ def graph(arguments: argparse.Namespace) -> int:
     from zoo.graph_templates import expand
 
     spec = compose(arguments.overrides)
-    made = expand(spec.model, spec.dtype, spec.limits.max_context) if arguments.plain else rewrite(spec)
+    made = (
+        expand(spec.model, spec.dtype, spec.limits.max_context)
+        if arguments.plain
+        else rewrite(spec, Path(arguments.dump) if arguments.dump else None)
+    )
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: the folder {output.parent} does not exist; make it or write elsewhere")
