@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnxruntime_engines import compile_engine
 from ragged import Traffic
+from safetensors.numpy import load_file, save_file
 
 import zoo.resources
 from zoo.artifacts.locks import Lock
@@ -252,6 +253,18 @@ def test_another_checkpoint_is_refused(engine: tuple[Path, EngineManifest], tmp_
     with pytest.raises(CheckpointError, match=r"embed_tokens.*309.*307"):
         open_session(folder, manifest)
     assert tree(folder) == before
+
+
+def test_sharded_checkpoint(engine: tuple[Path, EngineManifest], checkpoint: Path) -> None:
+    folder, manifest = engine
+    tensors = load_file(checkpoint / "model.safetensors")
+    (folder / "checkpoint" / "model.safetensors").unlink()
+    for shard in range(3):
+        part = {name: array for number, (name, array) in enumerate(tensors.items()) if number % 3 == shard}
+        save_file(part, folder / "checkpoint" / f"model-0000{shard + 1}-of-00003.safetensors")
+    session, prompt = open_session(folder, manifest), families.prompt(checkpoint, 9)
+    close_to(Traffic(Poisoned(session)).step({"a": prompt})[0], checkpoint, prompt)
+    session.close()
 
 
 def test_unknown_compiler(engine: tuple[Path, EngineManifest]) -> None:

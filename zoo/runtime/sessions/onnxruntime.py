@@ -6,6 +6,10 @@ Opening writes ``weights.bin`` from the recipes and the checkpoint's files into 
 ``model.onnx``, lets ONNX Runtime map it, and deletes the folder. ONNX Runtime packs each matrix into memory of its own and
 unmaps what it has packed, so that the weights are held once. The embedding table stays mapped; the deleted file lives
 until the session is closed.
+
+Measured with 1.24 G float32 parameters on two cores: memory arena, memory patterns, spinning, huge pages, optimization level
+and the allocator of initializers change neither peak memory nor decode speed beyond noise; packing, the default, is worth
+a factor of two at four rows and is what takes memory of its own. So the options below are few.
 """
 
 from __future__ import annotations
@@ -158,7 +162,7 @@ def _load(folder: Path, table: dict[str, Any], weights: list[Weight], threads: i
 
 
 def _create(path: Path, threads: int) -> Any:
-    """An InferenceSession with the options that matter here; docs/engine-format.md says how they were chosen."""
+    """An InferenceSession with the few options that matter here."""
     try:
         import onnxruntime as ort
     except ImportError:
