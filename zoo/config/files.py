@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,16 @@ def shown(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML file as plain data, interpolations unresolved and checked."""
+    """One YAML file as plain data, interpolations unresolved and checked. Parsed once as long as the file stays the same."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise yaml_error(path, error) from None
+    return copy.deepcopy(_read_yaml(path, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_yaml(path: Path, _changed: int, _size: int) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
@@ -119,8 +131,6 @@ def find(group: str, name: str, conf: Path | None = None) -> Path:
 
 def to_spec(kind: Any, data: dict[str, Any], where: str) -> Any:
     """A frozen spec from checked data: lists become tuples, nested mappings their specs. ConfigError for missing keys."""
-    import typing
-
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):

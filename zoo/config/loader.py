@@ -38,8 +38,9 @@ OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass
 class Loaded:
-    """A file that a composition used: the conf folder it is in, and the key its content stands at."""
+    """A file that a composition used: its name for Hydra, the conf folder it is in, and the key its content stands at."""
 
+    name: str
     folder: Path
     path: Path
     package: str
@@ -52,7 +53,7 @@ class Composed:
 
     data: dict[str, Any]
     overrides: list[str]
-    loaded: list[Loaded]
+    loaded: list[Loaded]  # in the order in which they were merged: later ones win
 
     def origin(self, key: str) -> str:
         """The override or file that set a dotted key, for messages."""
@@ -90,7 +91,9 @@ def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_translate(error, overrides)) from None
     assert isinstance(data, dict)
-    composed = Composed({str(key): value for key, value in data.items()}, list(overrides), repository.loaded)
+    order = {name: place for place, name in enumerate(loader.order)}
+    merged = sorted((file for file in repository.loaded if file.name in order), key=lambda file: order[file.name])
+    composed = Composed({str(key): value for key, value in data.items()}, list(overrides), merged)
     for name, value in composed.data.items():
         check(value, hints_of(Root)[name], name, composed.origin(name))
     return composed
@@ -124,6 +127,10 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
         self.loaded: list[Loaded] = []
         super().__init__(search_path)
 
+    def __deepcopy__(self, memo: Any) -> _Checked:
+        """Hydra copies a repository before it changes the search path; nothing here lets it, and ``loaded`` is to be shared."""
+        return self
+
     def load_config(self, config_path: str) -> ConfigResult | None:
         folder = next((folder for folder in self.folders if (folder / f"{config_path}.yaml").is_file()), None)
         if folder is None or config_path.startswith("hydra/"):
@@ -143,29 +150,42 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
             for value in vars(default).values():
                 if isinstance(value, str | list):
                     check_references(value, "defaults", where)
+            named = getattr(default, "path", None)
+            if group == "models" and named not in (None, "_self_") and default.package != "":
+                raise ConfigError(f"{where}: write '{named}@_here_' in the defaults list, so that its keys stand beside these")
         check_references(data, package, where)
         family = config_path.startswith("models/families/")
         if package and not family and result.header.get("package") != package:
             raise ConfigError(f"{where}: the first line must be '# @package {package}', so that its keys stand at {package}.*")
         check(data, hints_of(Root)[package] if package else Root, package, where)
-        self.loaded.append(Loaded(folder, path, package, {str(key): value for key, value in data.items()}))
+        self.loaded.append(Loaded(config_path, folder, path, package, {str(key): value for key, value in data.items()}))
         return result
 
 
-def _loader(folders: list[Path]) -> tuple[_Checked, ConfigLoaderImpl]:
+class _Loader(ConfigLoaderImpl):  # type: ignore[misc]
+    """Hydra's loader, which remembers the order in which files are merged."""
+
+    order: list[str]
+
+    def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> Any:
+        self.order = [default.config_path for default in defaults]
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+
+def _loader(folders: list[Path]) -> tuple[_Checked, _Loader]:
     if version.getbase() is None:
         version.setbase("1.3")
     ConfigStore.instance().store(name=SCHEMA, node=Root)
     search_path = create_config_search_path(str(folders[-1]))
     for folder in reversed(folders[:-1]):
         search_path.prepend("user", f"file://{folder}")
-    loader = ConfigLoaderImpl(config_search_path=search_path)
+    loader = _Loader(config_search_path=search_path)
     repository = _Checked(search_path, folders)
     loader.repository = repository
     return repository, loader
 
 
-def _parse(overrides: Sequence[str], loader: ConfigLoaderImpl) -> list[Override]:
+def _parse(overrides: Sequence[str], loader: _Loader) -> list[Override]:
     parser, parsed = OverridesParser.create(config_loader=loader), []
     for override in overrides:
         try:
