@@ -35,6 +35,9 @@ VARIABLES = {
     "config": "IBuilderConfig",
     "parser": "OnnxParser",
     "parser_error": "ParserError",
+    "layer": "ILayer",
+    "attention_layer": "IAttentionInputLayer",
+    "attention": "IAttention",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
@@ -150,6 +153,8 @@ def problem(use: Use, api: dict[str, Any]) -> str:
         return f"{use}: {first} is not in the record; add it to CLASSES of pipelines/tensorrt_api.py"
     members = api["classes"][first]
     name = rest[0] if rest else "__init__"
+    if name == "__class__":
+        return ""
     if rest and name not in members:
         return f"{use}: {first} has no {name}"
     overloads = members.get(name, "value")

@@ -49,7 +49,8 @@ class Log:
 
     def add(self, severity: str, text: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):
-            if text not in self.errors:
+            # Where there is no GPU the builder asks for one after any error, and says that it found none.
+            if text not in self.errors and "CUDA driver version is insufficient" not in text:
                 self.errors.append(text)
         elif severity == "INFO":
             if found := re.search(r"Total Activation Memory: (\d+) bytes", text):
@@ -165,6 +166,17 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, arrays: Mapping[st
     return parser
 
 
+def _allow_any_attention(trt: Any, network: Any) -> None:
+    """Let attention of a shape without a kernel of its own (head size 40, say) become elementary layers."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # get_layer gives the base class, and there is no other cast
+            attention_layer = layer
+            attention = attention_layer.attention
+            attention.decomposable = True
+
+
 def _said(log: Log) -> str:
     return ":\n  " + "\n  ".join(log.errors[-5:]) if log.errors else ""
 
@@ -228,6 +240,7 @@ def build_plan(
             profile.set_shape(name, least, best, most)
         config.add_optimization_profile(profile)
     parser = _parse(trt, network, logger, model.SerializeToString(), arrays, log)
+    _allow_any_attention(trt, network)
     failed: list[OSError] = []
     try:
         with _aside(path) as file:
@@ -241,10 +254,10 @@ def build_plan(
                 raise CompileError(f"{build.compiler} cannot build {build.model.name} {build.profile}" + _said(log))
             if file.tell() == 0:
                 raise CompileError(f"{build.compiler} wrote an empty plan" + _said(log))
+            check_device(build, device, pool_bytes(graph, build), log.scratch)
     except OSError as error:
         raise ResourceError(f"the plan of {build.model.name} {build.profile} could not be written to {path}: {error}") from error
     finally:
         del parser, monitor
     report("compile", PROGRESS_STEPS, PROGRESS_STEPS)
-    check_device(build, device, pool_bytes(graph, build), log.scratch)
     return log.scratch

@@ -15,6 +15,7 @@ from zoo.targets import TARGETS
 if TYPE_CHECKING:
     from zoo.weights.reader import Tensors
 
+HEAD_STEP = 8  # seen with TensorRT-RTX 1.7.1: 8, 16, 24, 40, 72, 80, 96 and 256 build; 10, 12 and 20 end in an internal error
 POOL_COPIES = 2  # in-place update of a pool that is both input and output is unproven: one pool is read, one written
 
 
@@ -62,6 +63,11 @@ def check(graph: ModelGraph, build: BuildSpec, tensors: Tensors | None) -> None:
         raise CompileError(
             f"{build.compiler} engines are for one GPU; parallel {build.parallel.name!r} asks for more: pick parallel=tp1"
         )
+    if odd := sorted({layer.head_dim for layer in graph.layers if layer.head_dim % HEAD_STEP}):
+        raise CompileError(
+            f"{build.compiler} builds attention for head sizes that are multiples of {HEAD_STEP}, and {build.model.name!r} has "
+            f"{', '.join(map(str, odd))}; use compiler=onnxruntime or compiler=cuda"
+        )
     caches = {f"kv.{layer.index}" for layer in graph.layers}
     for variable in graph.data_inputs:
         if variable.name in caches and variable.dtype == ONNX_TYPES["float8e4m3"] and not target.float8_pool:
@@ -90,7 +96,9 @@ def check_device(build: BuildSpec, weights: int, pools: int, scratch: int) -> No
         context = max(0, blocks - 1) * limits.block_size
         advice = f"lower limits.max_context to {context} and limits.max_blocks to {blocks}" if context else "take a larger GPU"
     else:
-        advice = "take a larger GPU" + (", or quant=fp8" if build.quant.method == "none" else "")
+        advice = "take a larger GPU" + (
+            ", or quant=fp8" if build.quant.method == "none" and "fp8" in build.hardware.quants else ""
+        )
         if scratch > weights:
             advice = "lower limits.max_tokens or limits.max_context, which scratch grows with; or " + advice
     raise ResourceError(

@@ -11,6 +11,7 @@ run by the session as one decode call and a few prefill calls.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,9 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         for index, inner in enumerate(own.node):
             inner.name = f"{node.name}/{inner.name or f'{inner.op_type}.{index}'}"
     model = onnx.inliner.inline_local_functions(model, False)
+    for node in model.graph.node:
+        if "/" in node.name:
+            node.name = re.sub(r"__\d+$", "", node.name)  # the inliner numbers calls; the caller's name says which
     if left := sorted({f"{node.op_type} ({node.name})" for node in model.graph.node if node.domain == "zoo"}):
         raise CompileError(f"no function body for {', '.join(left[:5])}: this target needs every zoo op as standard ops")
     standard = [entry for entry in model.opset_import if entry.domain != "zoo"]
