@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -102,6 +103,14 @@ class Fault:
     lose_answer: bool = False  # the registry does it, and nobody hears of it
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of connections that clients drop: tests drop many."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 class Proxy:
     """An HTTP proxy for one registry. ``fault`` decides for each request; ``seen`` keeps them all."""
 
@@ -168,7 +177,7 @@ class Proxy:
 
             do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = handle_any
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.host = f"127.0.0.1:{self.server.server_address[1]}"
         self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from artifact_engines import CHECKPOINT, make_engine
+from registry_server import need
 
 from zoo.artifacts.machine import Gpu, Machine
 from zoo.artifacts.registry import Registry, default_root
@@ -306,15 +309,27 @@ def test_building_locks_one_build_and_not_another(tmp_path: Path, registry: Regi
         (registry.root / ".build-running").mkdir()
         registry.gc()
         assert (registry.root / ".build-running").exists()
+    assert [path.name for path in (registry.root / ".locks").iterdir()] == ["builders"]
     registry.gc()
     assert not (registry.root / ".build-running").exists()
 
 
-def test_skopeo_reads_the_layout(tmp_path: Path, registry: Registry) -> None:
-    import shutil
+def test_a_registry_that_may_not_be_written_says_so(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tmp_path / "a")
+    registry.store(engine)
 
-    if not shutil.which("skopeo"):
-        pytest.skip("skopeo is not installed")
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    for work in (lambda: registry.open("tiny", machine=CPU_MACHINE), lambda: registry.store(engine)):
+        with pytest.raises(ArtifactError, match=r"may not be written \(Read-only file system\); set ZOO_HOME"):
+            work()
+
+
+def test_skopeo_reads_the_layout(tmp_path: Path, registry: Registry) -> None:
+    need("skopeo")
     entry = registry.store(make_engine(tmp_path / "a"))
     text = subprocess.run(
         ["skopeo", "inspect", "--raw", f"oci:{registry.root / 'tiny'}:{entry.version}"], capture_output=True, check=True

@@ -108,10 +108,12 @@ def test_each_machine_fetches_only_its_own_profile(
 
 
 def test_everything_of_a_version(tmp_path: Path, server: RealRegistry, here: Registry, there: Registry, place: str) -> None:
-    here.store(make_engine(tmp_path / "a", max_tokens=1))
+    """An older build of a profile is sent when its digest is named, and stays the older one."""
+    old = here.store(make_engine(tmp_path / "a", max_tokens=1))
     here.store(make_engine(tmp_path / "a", max_tokens=2))
     here.store(make_engine(tmp_path / "b", quant="fp8", hardware="l40s"))
-    push(here, "tiny", f"{server.host}/{place}")
+    push(here, f"tiny@{old.digest}", f"{server.host}/{place}")
+    assert len(push(here, "tiny", f"{server.host}/{place}")) == 2
     got = pull(there, f"{server.host}/{place}/tiny", everything=True)
     assert len(got) == 3
     assert there.rows() == here.rows()

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,6 +15,7 @@ import pytest
 from artifact_engines import make_engine
 from hypothesis import given
 from hypothesis import strategies as st
+from registry_server import QuietServer
 
 from zoo.artifacts.layout import INDEX, Descriptor
 from zoo.artifacts.machine import Machine
@@ -64,7 +65,7 @@ class Server:
 
             do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = answer
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = QuietServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.host = f"127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})

@@ -16,7 +16,7 @@ from zoo.artifacts.layout import Descriptor, Layout
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import EngineManifest
 from zoo.artifacts.staging import disk_errors
-from zoo.errors import ArtifactError, DigestError
+from zoo.errors import ArtifactError, DigestError, NotFoundError
 
 HASH_THREADS = 2
 
@@ -117,11 +117,14 @@ def open_engine(entry: Entry) -> Opened:
     root = entry.layout.private / "open"
     folder = root / entry.digest.removeprefix("sha256:")
     lock = Lock(root / f"{folder.name}.lock")
-    lock.acquire(shared=True)
     try:
-        with disk_errors(f"opening {entry.ref}", folder):
+        with disk_errors(f"opening {entry.ref}", root):
+            lock.acquire(shared=True)
             for name, blob in entry.image.files.items():
                 _place(entry.layout.blob(blob.digest), folder / name, blob)
+    except FileNotFoundError:
+        lock.release()
+        raise NotFoundError(f"{entry.ref}: was removed while it was opened; build or pull it again") from None
     except BaseException:
         lock.release()
         raise

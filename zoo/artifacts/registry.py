@@ -275,8 +275,11 @@ class Registry:
         assert is_digest(build), build
         builders = Lock(self.root / LOCKS / "builders")
         builders.acquire(shared=True)
-        with builders, Lock(self.root / LOCKS / f"build-{build.removeprefix('sha256:')}"):
-            yield
+        with builders, Lock(self.root / LOCKS / f"build-{build.removeprefix('sha256:')}") as lock:
+            try:
+                yield
+            finally:
+                lock.path.unlink(missing_ok=True)  # whoever waits for it makes it anew
 
 
 def _check(engine: Engine, where: str) -> None:

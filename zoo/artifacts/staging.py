@@ -26,13 +26,20 @@ from zoo.errors import ArtifactError, DigestError, ResourceError
 # What a full disk, a quota or a file size limit answer with.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 @contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn a full disk into a ResourceError that says what was being written and that nothing of it stays."""
+    """Turn a full disk into a ResourceError, a folder that may not be written into an ArtifactError, each with what to do."""
     try:
         yield
     except OSError as error:
+        if error.errno in READ_ONLY:
+            raise ArtifactError(
+                f"{what}: {folder} may not be written ({error.strerror}); "
+                "set ZOO_HOME to a folder of your own and build or pull there"
+            ) from None
         if error.errno not in FULL:
             raise
         raise ResourceError(

@@ -47,7 +47,8 @@ Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 def push(registry: Registry, ref: str, to: str, plain_http: bool = False, progress: Progress | None = None) -> list[str]:
     """Send what a REF names (a version with all its profiles, or one) to ``HOST[:PORT]/PATH``. Returns the remote REFs.
 
-    What the registry has already is not sent again; a manifest of the same ``build`` that is there already stays.
+    Older builds of a profile go only when their digest is named. What the registry has already is not sent again; a
+    manifest of the same ``build`` that is there already stays.
     Raises ArtifactError (address, login, refusals, lost connections), DigestError when a local blob is damaged.
     """
     wanted = Ref.parse(ref)
@@ -57,6 +58,8 @@ def push(registry: Registry, ref: str, to: str, plain_http: bool = False, progre
     entries = registry.entries(ref)
     if not wanted.version and not wanted.digest:
         entries = [entry for entry in entries if entry.version == registry.version(wanted)]
+    if not wanted.digest:
+        entries = [entry for entry in entries if entry.current]
     version = entries[0].version
     with Client(address) as client:
         there = {one.annotations.get(PREFIX + "build"): one for one in remote_profiles(client, version, entries[0].layout)}
