@@ -136,7 +136,7 @@ def to_spec(kind: Any, data: dict[str, Any], where: str) -> Any:
     for field in dataclasses.fields(kind):
         if field.name not in data or data[field.name] == "???":
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"{where}: {field.name} is missing")
+                raise ConfigError(f"{where}.{field.name} is missing")
             continue
         values[field.name] = _freeze(hints[field.name], data[field.name], f"{where}.{field.name}")
     return kind(**values)

@@ -63,6 +63,12 @@ class Composed:
         file = self.file_of(key)
         return files.shown(file.path) if file else "config"
 
+    def source(self, part: str) -> str:
+        """The file that a part (``model``, ``quant``, ...) was chosen from, and the overrides that change it."""
+        file = next((file for file in reversed(self.loaded) if part in (file.package, *file.data)), None)
+        changes = [override for override in self.overrides if override.lstrip("+").startswith(f"{part}.")]
+        return (files.shown(file.path) if file else "config") + (f" with {' '.join(changes)}" if changes else "")
+
     def file_of(self, key: str) -> Loaded | None:
         """The file whose value for a dotted key won."""
         for file in reversed(self.loaded):
@@ -77,7 +83,9 @@ class Composed:
 def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
     """Compose ``config.yaml`` with overrides. ConfigError, one line, for whatever is wrong."""
     for override in overrides:
-        check_references(override, override.split("=")[0], f"override {override!r}")
+        key, _, value = override.partition("=")
+        for text in (key, value):
+            check_references(text, key, f"override {override!r}")
     repository, loader = _loader(folders)
     for parsed in _parse(overrides, loader):
         _check_override(parsed, folders)
@@ -102,7 +110,9 @@ def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
 def expand_sweep(overrides: Sequence[str], folders: list[Path]) -> list[list[str]]:
     """Comma lists, ranges and globs expanded into plain override lists, in order, the last one turning fastest."""
     for override in overrides:
-        check_references(override, override.split("=")[0], f"override {override!r}")
+        key, _, value = override.partition("=")
+        for text in (key, value):
+            check_references(text, key, f"override {override!r}")
     _, loader = _loader(folders)
     choices = []
     for parsed in _parse(overrides, loader):

@@ -53,10 +53,10 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
     composed = load(overrides, folders)
     data = composed.data
     model = _model(composed)
-    quant: QuantSpec = files.to_spec(QuantSpec, data["quant"], "quant")
-    hardware: HardwareSpec = files.to_spec(HardwareSpec, data["hardware"], "hardware")
-    parallel: ParallelSpec = files.to_spec(ParallelSpec, data["parallel"], "parallel")
-    limits: Limits = files.to_spec(Limits, data["limits"], "limits")
+    quant: QuantSpec = _spec(QuantSpec, composed, "quant")
+    hardware: HardwareSpec = _spec(HardwareSpec, composed, "hardware")
+    parallel: ParallelSpec = _spec(ParallelSpec, composed, "parallel")
+    limits: Limits = _spec(Limits, composed, "limits")
     if parallel.tp > 1 or parallel.pp > 1:
         raise ConfigError(f"parallel {parallel.name!r}: engines over several GPUs are not built yet; use parallel=tp1")
     for role in quant.skip:
@@ -82,18 +82,25 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
         compiler=compiler,
         dtype=dtype,
         threads=data["threads"] if hardware.kind == "cpu" else 0,  # a GPU engine has no use for them
-        registry=data["registry"]["path"],
+        registry=str(Path(data["registry"]["path"]).expanduser()) if data["registry"]["path"] else "",
         overrides=tuple(overrides),
     )
 
 
-def _model(composed: Composed) -> ModelSpec:
-    data = dict(composed.data["model"])
-    del data["config"], data["architectures"]
-    where = composed.origin("model.name")
+def _spec(kind: type, composed: Composed, part: str) -> Any:
+    """The frozen spec of a part; what it finds wrong is said with the file, and the overrides, that it came from."""
+    data = {key: value for key, value in composed.data[part].items() if key not in ("config", "architectures")}
     if data.get("checkpoint"):
         data["checkpoint"] = str(_checkpoint(composed, str(data["checkpoint"])))
-    model: ModelSpec = files.to_spec(ModelSpec, data, f"{where}: model")
+    try:
+        return files.to_spec(kind, data, part)
+    except ConfigError as error:
+        raise ConfigError(f"{composed.source(part)}: {error}") from None
+
+
+def _model(composed: Composed) -> ModelSpec:
+    where = composed.source("model")
+    model: ModelSpec = _spec(ModelSpec, composed, "model")
     if not NAME.fullmatch(model.name):
         raise ConfigError(
             f"{where}: model.name is {model.name!r}; names are lower case letters and digits, with dots and dashes inside"

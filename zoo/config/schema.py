@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from zoo.errors import ConfigError
 from zoo.spec import HardwareSpec, Limits, ModelSpec, ParallelSpec, QuantSpec
 
 MISSING = "???"
+LARGEST = 10**18  # of any number: FLOP/s and bytes fit, typing errors with too many digits do not
 GROUPS = {"models": "model", "quant": "quant", "hardware": "hardware", "parallel": "parallel", "registry": "registry"}
 MODEL_TYPES: dict[str, Any] = typing.get_type_hints(ModelSpec)  # key -> type
 REFERENCE = re.compile(r"\$\{[\w.\-\[\]]+\}")
@@ -123,6 +125,8 @@ def kind_of(key: str) -> Any:
 def did_you_mean(found: str, allowed: typing.Iterable[str], otherwise: str = "") -> str:
     """``; did you mean 'a' or 'b'?`` for near names, else what is given."""
     near = difflib.get_close_matches(found, list(allowed), n=3, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, found, name).ratio() for name in near]
+    near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else otherwise
 
 
@@ -157,6 +161,8 @@ def check(data: Any, kind: Any, key: str, where: str) -> None:
             check(data, arguments[0], key, where)
     elif not _fits(data, kind):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        if kind in (int, float) and isinstance(data, int | float) and not isinstance(data, bool):
+            wanted += f" of at most {LARGEST:,}" if kind is float or isinstance(data, int) else ""
         hint = "; put it into quotes" if kind is str and isinstance(data, int | float | bool) else ""
         raise ConfigError(f"{where}: {key} is {say(data)}; it must be {wanted}{hint}")
 
@@ -206,5 +212,5 @@ def _fits(data: Any, kind: Any) -> bool:
     if kind is bool or isinstance(data, bool):
         return kind is bool and isinstance(data, bool)
     if kind is float:
-        return isinstance(data, int | float)
-    return isinstance(data, kind)
+        return isinstance(data, int | float) and math.isfinite(data) and abs(data) <= LARGEST
+    return isinstance(data, kind) and (kind is not int or abs(data) <= LARGEST)
