@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +166,39 @@ def test_rows_without_numbers_are_left_out() -> None:
 def test_cuda_visible_devices(setting: str | None, names: str) -> None:
     gpus = (Gpu("a", 80, 1, uuid="GPU-a0"), Gpu("b", 80, 1, uuid="GPU-b0"))
     assert "".join(gpu.name for gpu in visible(gpus, setting)) == names
+
+
+NVML = """
+#include <string.h>
+typedef void *device; static int opened;
+int nvmlInit_v2(void) { opened++; return 0; }
+int nvmlShutdown(void) { opened--; return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned size) { strncpy(text, "580.95", size); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return opened == 1 ? 0 : 1; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, device *out) { *out = (device)(0x7f0000000000ul + index); return 0; }
+static unsigned place(device it) { return (unsigned)((unsigned long)it - 0x7f0000000000ul); }
+int nvmlDeviceGetName(device it, char *text, unsigned size) {
+    strncpy(text, place(it) ? "NVIDIA L40S" : "NVIDIA H200", size); return 0;
+}
+int nvmlDeviceGetUUID(device it, char *text, unsigned size) { strncpy(text, place(it) ? "GPU-b" : "GPU-a", size); return 0; }
+int nvmlDeviceGetCudaComputeCapability(device it, int *major, int *minor) {
+    *major = place(it) ? 8 : 9; *minor = place(it) ? 9 : 0; return place(it) == 2 ? 15 : 0; /* the third is lost */
+}
+int nvmlDeviceGetMemoryInfo(device it, unsigned long long *memory) {
+    memory[0] = place(it) ? 48305799168ull : 150754820096ull; return 0;
+}
+"""
+
+
+def test_nvml_is_called_as_its_header_says(tmp_path: Path) -> None:
+    """A stand-in with NVIDIA's signatures, in C, loaded by another process under the library's own name."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler")
+    (tmp_path / "nvml.c").write_text(NVML)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", tmp_path / "nvml.c"], check=True)
+    code = "from zoo.artifacts.machine import gpus_by_nvml; print(*gpus_by_nvml(), sep='\\n')"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    h200, l40s = Gpu("NVIDIA H200", 90, 150754820096, "580.95", "GPU-a"), Gpu("NVIDIA L40S", 89, 48305799168, "580.95", "GPU-b")
+    assert done.stdout.splitlines() == [repr(h200), repr(l40s)]
