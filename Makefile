@@ -20,11 +20,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.engines: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --editable '.[build,cpu,rtx,serve]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --use-pep517 --editable '.[build,cpu,rtx,serve]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.engines
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --editable '.[build,cpu,rtx,serve,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --use-pep517 --editable '.[build,cpu,rtx,serve,test]'
 	@touch $@
 
 setup: $(VENV)/.engines
