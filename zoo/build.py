@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.artifacts.manifest import Engine, EngineManifest
+from zoo.artifacts.refs import Ref
 from zoo.artifacts.registry import Entry, Registry, default_root
 from zoo.checkpoints import Checkpoint, check_config, check_tensors, fit_names
 from zoo.compilers import COMPILERS
@@ -140,7 +141,7 @@ def build(
     report("check", 0, 0)
     spec, checkpoint = open_checkpoint(spec)
     identity = identify(spec, checkpoint)
-    if found := registry.find_build(spec.model.name, identity.version, identity.build):
+    if found := _stored(registry, spec, identity):
         return BuildResult(found, False, 0.0)
     compiler = COMPILERS[spec.compiler]
     if reason := compiler.supports(spec.hardware):
@@ -148,7 +149,7 @@ def build(
     if reason := compiler.available():
         raise UnavailableError(f"compiler {spec.compiler!r} is not available here: {reason}")
     with registry.building(identity.build):
-        if found := registry.find_build(spec.model.name, identity.version, identity.build):
+        if found := _stored(registry, spec, identity):
             return BuildResult(found, False, 0.0)
         started = time.perf_counter()
         with _workdir(registry.root) as work:
@@ -157,6 +158,15 @@ def build(
             report("store", 0, 0)
             entry = registry.store(engine)
         return BuildResult(entry, True, time.perf_counter() - started)
+
+
+def _stored(registry: Registry, spec: BuildSpec, identity: Identity) -> Entry | None:
+    """The engine if it is stored, made what its names mean: going back to earlier settings goes back to their engine."""
+    found = registry.find_build(spec.model.name, identity.version, identity.build)
+    if found and not (found.current and registry.version(Ref.parse(spec.model.name)) == found.version):
+        registry.promote(found)
+        found = registry.find_build(spec.model.name, identity.version, identity.build)
+    return found
 
 
 def _make(

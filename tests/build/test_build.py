@@ -61,6 +61,16 @@ def test_one_number_rebuilds_what_depends_on_it_and_diff_says_why(folder: Path, 
     assert any(path.endswith("model.norm_eps") for path in paths), paths
 
 
+def test_going_back_to_earlier_settings_goes_back_to_their_engine(folder: Path, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    first = build(spec_of(folder), registry).entry
+    second = build(spec_of(folder, "limits.max_blocks=40"), registry).entry
+    assert registry.resolve(first.manifest.model).digest == second.digest
+    again = build(spec_of(folder), registry)
+    assert not again.built and again.entry.digest == first.digest
+    assert registry.resolve(first.manifest.model).digest == first.digest
+
+
 def test_a_price_is_no_ingredient(folder: Path) -> None:
     spec, checkpoint = open_checkpoint(spec_of(folder))
     dearer = dataclasses.replace(spec, hardware=dataclasses.replace(spec.hardware, price=9.0, power=1.0))

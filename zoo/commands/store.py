@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
-from zoo.commands.output import open_registry, print_json, print_table, stderr
+from zoo.commands.output import open_registry, print_json, print_table, stderr, transfer_bars
 from zoo.resources import size_text
 
 
@@ -66,7 +67,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print_json([str(problem) for problem in problems])
     else:
         for problem in problems:
-            stderr.print(f"zoo: {problem}", highlight=False, markup=False)
+            print(f"zoo: {problem}", file=sys.stderr)
         if not problems:
             print("every blob matches its digest")
     return 1 if problems else 0
@@ -97,7 +98,8 @@ def push(arguments: argparse.Namespace) -> int:
     """Copy to a remote registry."""
     from zoo.artifacts.remote import push as send
 
-    pushed = send(open_registry(arguments), arguments.ref, arguments.to, plain_http=arguments.plain_http)
+    with transfer_bars() as report:
+        pushed = send(open_registry(arguments), arguments.ref, arguments.to, arguments.plain_http, report)
     if arguments.json:
         print_json(pushed)
     else:
@@ -109,7 +111,8 @@ def pull(arguments: argparse.Namespace) -> int:
     """Copy from a remote registry."""
     from zoo.artifacts.remote import pull as fetch
 
-    entries = fetch(open_registry(arguments), arguments.ref, plain_http=arguments.plain_http, everything=arguments.all)
+    with transfer_bars() as report:
+        entries = fetch(open_registry(arguments), arguments.ref, arguments.plain_http, everything=arguments.all, progress=report)
     if arguments.json:
         print_json([entry.row() for entry in entries])
     else:
