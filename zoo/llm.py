@@ -12,7 +12,8 @@ import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ import numpy as np
 
 from zoo.artifacts.registry import Entry, Opened, Registry, default_root
 from zoo.artifacts.select import choose, describe_machine
-from zoo.errors import NotFoundError, RequestError
+from zoo.errors import CheckpointError, NotFoundError, RequestError
 from zoo.runtime.abi import EngineLimits, Session
 from zoo.runtime.engine import Engine
 from zoo.runtime.request import CompletionOutput, Piece, RequestOutput, SamplingParams
@@ -60,6 +61,8 @@ class LLM:
         root = Path(registry) if registry is not None else default_root()
         store = Registry(root)
         ref: str | Entry = str(model)
+        if Path(model).is_absolute() and not (Path(model) / "config.json").is_file():
+            raise CheckpointError(f"{model}: there is no config.json; give a Hugging Face folder, or a REF: zoo list shows them")
         if (Path(model) / "config.json").is_file():
             from zoo.build import build_folder
 
@@ -167,10 +170,11 @@ class LLM:
         return self._stream(ids, params)
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
-        for piece in self._run({self._new_id(): (ids, params)}):
-            if piece.error is not None:
-                raise RequestError(piece.error)
-            yield piece
+        with closing(self._run({self._new_id(): (ids, params)})) as pieces:
+            for piece in pieces:
+                if piece.error is not None:
+                    raise RequestError(piece.error)
+                yield piece
 
     def close(self) -> None:
         """Drop all requests and free the engine. Calling it twice is allowed."""
@@ -203,15 +207,16 @@ class LLM:
                 child = name if wanted.n == 1 else f"{name}-{index}"
                 requests[child] = (tokens, dataclasses.replace(wanted, n=1, seed=seed))
                 places[child] = completion
-        pieces: dict[str, list[str]] = {name: [] for name in places}
-        for piece in _with_progress(self._run(requests), len(requests)) if progress else self._run(requests):
-            pieces[piece.request_id].append(piece.text)
-            _extend(places[piece.request_id], piece)
+        texts_of: dict[str, list[str]] = {name: [] for name in places}
+        with closing(self._run(requests)) as pieces:
+            for piece in _with_progress(pieces, len(requests)) if progress else pieces:
+                texts_of[piece.request_id].append(piece.text)
+                _extend(places[piece.request_id], piece)
         for name, completion in places.items():
-            completion.text = "".join(pieces[name])
+            completion.text = "".join(texts_of[name])
         return outputs
 
-    def _run(self, requests: Mapping[str, tuple[list[int], SamplingParams]]) -> Iterator[Piece]:
+    def _run(self, requests: Mapping[str, tuple[list[int], SamplingParams]]) -> Generator[Piece]:
         """Pieces of these requests until all have finished. Whoever waits for pieces steps the engine, for all callers."""
         inbox: deque[Piece] = deque()
         try:
@@ -276,6 +281,8 @@ class LLM:
 
     def _prompts(self, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
         """Texts (None where token ids were given) and token ids."""
+        if not isinstance(prompts, str | Mapping | Sequence | np.ndarray):
+            raise RequestError(f"prompts are {prompts!r}; give a text, token ids, or a list of them")
         if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             prompts = [prompts]
         if not len(prompts):
@@ -315,7 +322,7 @@ def _extend(completion: CompletionOutput, piece: Piece) -> None:
             log.error(piece.error)
 
 
-def _with_progress(pieces: Iterator[Piece], requests: int) -> Iterator[Piece]:
+def _with_progress(pieces: Iterable[Piece], requests: int) -> Iterator[Piece]:
     """Pass pieces on beside a progress bar of finished requests, on stderr."""
     from rich.console import Console
     from rich.progress import track

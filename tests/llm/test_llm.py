@@ -14,7 +14,7 @@ import pytest
 from fake_session import FakeSession, greedy, limits, params
 
 from zoo import LLM, SamplingParams
-from zoo.errors import RequestError
+from zoo.errors import CheckpointError, RequestError
 
 VOCAB = 262
 CHAT = (
@@ -192,6 +192,8 @@ def test_chat_renders_the_template(llm: LLM) -> None:
         ([], "no prompt"),
         ([[]], "prompt 0 is empty"),
         ([[1], []], "prompt 1 is empty"),
+        (None, "prompts are None"),
+        (3, "prompts are 3"),
         ([None], "prompt 0 is None"),
         ([[1.5]], "prompt 0 has 1.5; token ids are whole numbers"),
         ([[True]], "prompt 0 has True"),
@@ -297,6 +299,11 @@ def test_closed_is_closed(session: FakeSession) -> None:
     for attempt in (lambda: llm.generate([[5]], params()), lambda: llm.stream([5], params()), lambda: next(stream)):
         with pytest.raises(RequestError, match="closed"):
             attempt()
+
+
+def test_folder_without_a_model_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        LLM(tmp_path)
 
 
 def test_unknown_options_are_refused() -> None:

@@ -14,6 +14,7 @@ from zoo.runtime.request import CompletionOutput, RequestOutput, SamplingParams
 BAD: list[tuple[str, object, str]] = [
     ("n", 0, "at least 1"),
     ("n", True, "whole number"),
+    ("n", 1025, "at most 1024"),
     ("max_tokens", 0, "at least 1"),
     ("max_tokens", -5, "at least 1"),
     ("max_tokens", 1.5, "whole number"),

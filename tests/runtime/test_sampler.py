@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,19 @@ def test_nucleus_of_a_large_vocabulary(top_p: float, scale: float) -> None:
 
 def test_nucleus_keeps_at_least_the_most_likely() -> None:
     assert nucleus(np.array([0.1, 0.6, 0.3]), 1e-9).tolist() == [1]
+
+
+def test_nucleus_ends_where_the_probability_is_reached() -> None:
+    """0.5 is reached by the first token alone, in transformers (cumulative from below, at most 1 - 0.5) as here."""
+    assert nucleus(np.array([0.25, 0.5, 0.25]), 0.5).tolist() == [1]
+    kept = TopPLogitsWarper(0.5)(torch.tensor([[0]]), torch.log(torch.tensor([[0.25, 0.5, 0.25]])))
+    assert torch.isfinite(kept[0]).tolist() == [False, True, False]
+
+
+def test_smallest_random_number_never_draws_a_forbidden_token() -> None:
+    chooser = Chooser(SamplingParams(seed=1), [0], 3)
+    chooser._random = SimpleNamespace(random=lambda: 0.0)  # type: ignore[assignment]
+    assert chooser.choose(np.array([-np.inf, 0.5, 0.25], np.float32), 0) == 1
 
 
 def test_top_k_keeps_ties_with_the_last() -> None:

@@ -17,6 +17,7 @@ from zoo.errors import RequestError
 
 INTEGERS = (int, np.integer)
 NUMBERS = (*INTEGERS, float, np.floating)
+MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 
@@ -86,7 +87,9 @@ class SamplingParams:
 
     def check(self) -> None:
         """Raise RequestError for a field out of its range. The fields may have been set since the object was made."""
-        _integer("n", self.n, 1, "a whole number of at least 1")
+        _integer("n", self.n, 1, f"a whole number of at least 1 and at most {MAX_N}")
+        if self.n > MAX_N:
+            raise RequestError(f"n is {self.n}; it must be at most {MAX_N}")
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, "a whole number of at least 1, or None for as many as fit")
         _integer("min_tokens", self.min_tokens, 0, "a whole number of at least 0")

@@ -96,8 +96,8 @@ class Scheduler:
         behind: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.known - sequence.computed > 1:
-                behind.append(sequence)
-            elif sequence.row >= 0 and (sequence.known <= sequence.room or self._grow(sequence)):
+                behind.append(sequence)  # also one that was preempted just now
+            elif sequence.known <= sequence.room or self._grow(sequence):
                 chunks.append((sequence, 1))
         budget -= len(chunks)
         for sequence in behind:
