@@ -308,7 +308,7 @@ def test_wrong_values_of_a_file(mine: Path, line: str, message: str) -> None:
         ("limits.max_blocks=3", "raise max_blocks to 129"),
         ("threads=-1", "threads is -1; it must be at least 0"),
         ("threads=two", "threads is 'two'"),
-        ("model.num_kv_heads=3", "conf/models/zoo-demo.yaml with model.num_kv_heads=3: model 'zoo-demo': num_heads 4 is not divisible"),
+        ("model.num_kv_heads=3", "zoo-demo.yaml with model.num_kv_heads=3: model 'zoo-demo': num_heads 4 is not divisible"),
         ("quant.skip=[lm_heads]", "skip names 'lm_heads'; linear roles are q, k, v"),
         ("compiler=3", "compiler is 3"),
         ("model.tensors={a: 1}", "choose"),
