@@ -44,6 +44,7 @@ CLASSES = (
     "ILogger",
     "INetworkDefinition",
     "IOptimizationProfile",
+    "IPluginRegistry",
     "IProgressMonitor",
     "IRuntimeCache",
     "IRuntimeConfig",

@@ -45,7 +45,7 @@ class Parsed(Ragged):
     """A graph's parser bytes in ONNX Runtime, unchanged, beside the weights that they refer to."""
 
     def __init__(self, graph: ModelGraph, build: BuildSpec, tensors: Tensors, scales: dict[str, float], folder: Path) -> None:
-        model, weights = parser_model(graph, inline=True)
+        model, weights = parser_model(graph)
         (folder / "model.onnx").write_bytes(model.SerializeToString())
         write_packed(folder / WEIGHTS_FILE, weights, tensors, scales)
         onnx.checker.check_model(folder / "model.onnx", full_check=True)
@@ -125,7 +125,7 @@ def test_only_dtypes_differ_from_what_was_judged(tmp_path: Path, dtype: str, qua
     for one in (dtype, "float32"):
         nodes = [
             (n.op_type, n.name, list(n.input), list(n.output))
-            for n in parser_model(rewritten(folder, one, quant)[0], True)[0].graph.node
+            for n in parser_model(rewritten(folder, one, quant)[0])[0].graph.node
         ]
         if nodes[-1][:2] == ("Cast", "logits"):  # logits are float32 in any case
             (_, _, given, _), (op, name, inputs, made) = nodes.pop(), nodes[-1]
@@ -136,7 +136,7 @@ def test_only_dtypes_differ_from_what_was_judged(tmp_path: Path, dtype: str, qua
 
 
 def test_inlined_nodes_carry_their_callers_name() -> None:
-    model, weights = parser_model(tiny_graph(quantized=True), inline=True)
+    model, weights = parser_model(tiny_graph(quantized=True))
     assert not model.functions and {entry.domain for entry in model.opset_import} == {""}
     assert "layer.0.linear/product" in [node.name for node in model.graph.node if node.op_type == "MatMul"]
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
@@ -149,28 +149,28 @@ def test_inlined_nodes_carry_their_callers_name() -> None:
         assert places == {"location": "weights.bin", "offset": str(packed.offset), "length": str(packed.nbytes)}
 
 
-def test_plugin_nodes_stay_with_their_bodies() -> None:
-    model, _ = parser_model(tiny_graph(), inline=False)
-    assert [function.name for function in model.functions] == ["ZooTinyLinear"]
-    assert any(node.op_type == "ZooTinyLinear" for node in model.graph.node)
+def test_plugin_nodes_stay() -> None:
+    model, _ = parser_model(tiny_graph(), {"ZooTinyLinear"})
+    assert not model.functions and any(node.op_type == "ZooTinyLinear" and node.domain == "zoo" for node in model.graph.node)
+    assert {entry.domain for entry in model.opset_import} == {"", "zoo"}
 
 
 def test_a_zoo_op_without_a_body_is_refused() -> None:
     graph = tiny_graph()
     del graph.functions["ZooTinyLinear"]
     with pytest.raises(CompileError, match=r"no function body for ZooTinyLinear \(layer.0.linear\)"):
-        parser_model(graph, inline=True)
+        parser_model(graph)
 
 
 def test_equal_weights_are_held_once() -> None:
     graph = tiny_graph()
     first = graph.weights["linear"]
     graph.replace_weight(graph.variable("lm_head"), dataclasses.replace(graph.weights["lm_head"]))
-    model, weights = parser_model(graph, inline=True)
+    model, weights = parser_model(graph)
     twin = graph.add_weight(dataclasses.replace(first, name="linear.twin"))
     node = next(node for node in graph.graph.nodes if node.name == "layer.0.linear")
     node.inputs[1] = twin
-    again, same = parser_model(graph, inline=True)
+    again, same = parser_model(graph)
     assert [w.name for w in same] == [w.name for w in weights]
     assert [list(n.input) for n in again.graph.node] == [list(n.input) for n in model.graph.node]
 

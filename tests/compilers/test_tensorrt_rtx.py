@@ -100,6 +100,26 @@ def test_whole_models_are_built(tmp_path: Path, work: Path, family: str, sm: int
     assert engine.scratch > 0
 
 
+def test_datacenter_graphs_pass_the_same_builder(tmp_path: Path) -> None:
+    """What the ``tensorrt`` target makes of a model, zoo ops by their reference bodies, with TensorRT-RTX as the library."""
+    trt = rtx()
+    folder = families.make_checkpoint(tmp_path, "llama")
+    model, tensors = families.spec(folder), Tensors.open(folder)
+    limits = Limits(max_tokens=32, max_sequences=6, block_size=4, max_context=64).resolve(model)
+    build = BuildSpec(model, QuantSpec("fp8", "fp8"), hardware(), ParallelSpec(), limits, "tensorrt", "bfloat16")
+    graph = run_passes(expand(model, "bfloat16", limits.max_context), build, TARGETS["tensorrt"])
+    assert {node.op for node in graph.graph.nodes if node.domain == "zoo"} == {"ZooPagedAttention", "ZooFp8Linear"}
+    assert tensorrt_common.registered(trt, graph) == frozenset()
+
+    def configure(trt: Any, config: Any) -> None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+
+    scales = calibrate(model, tensors, families.prompt(folder, 32))
+    tensorrt_common.build_plan(trt, graph, build, tensors, scales, tmp_path / "engine.plan", None, configure)
+    assert (tmp_path / "engine.plan").read_bytes().startswith(MAGIC)
+
+
 def test_head_sizes_without_a_kernel_are_built_from_elementary_layers(tmp_path: Path, work: Path) -> None:
     rtx()
     folder = families.make_checkpoint(tmp_path, "llama", head_dim=40, num_hidden_layers=1)

@@ -51,7 +51,7 @@ class Stage:
         limits = Limits(max_tokens=32, max_sequences=9, max_rows=12, block_size=4, max_context=64).resolve(model)
         build = BuildSpec(model, QuantSpec("none"), hardware(), ParallelSpec(), limits, "tensorrt_rtx", "float32")
         graph = run_passes(expand(model, "float32", 64), build, TARGETS["tensorrt_rtx"])
-        onnx_model, weights = parser_model(graph, inline=True)
+        onnx_model, weights = parser_model(graph)
         (tmp_path / "model.onnx").write_bytes(onnx_model.SerializeToString())
         write_packed(tmp_path / WEIGHTS_FILE, weights, Tensors.open(self.checkpoint), {})
         options = onnxruntime.SessionOptions()

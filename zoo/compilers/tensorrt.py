@@ -1,7 +1,7 @@
 """TensorRT for datacenter GPUs: plans built on the GPU that they are for.
 
-Zoo ops stay nodes that name their plugin, and the model keeps their function bodies: TensorRT's parser takes a registered
-plugin of that name and, when there is none, the body. Everything else is shared with TensorRT-RTX.
+A zoo op whose plugin is registered stays a node that names it; any other is replaced by its reference body, which is right
+and slow. Everything else is shared with TensorRT-RTX.
 
 Not run here: no machine of this project has the library. Its names are checked against NVIDIA's own 11.4 bindings
 (tests/compilers/test_tensorrt_names.py); nothing else about this target is proven.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.artifacts.machine import describe_machine
 from zoo.compilers.base import CompiledEngine, Compiler, Progress, abi_of, pool_bytes, predict, weight_bytes
 from zoo.compilers.tensorrt_common import PLAN_FILE, build_plan
-from zoo.compilers.tensorrt_fit import device_bytes, runnable, sm_text, supports
+from zoo.compilers.tensorrt_fit import device_bytes, sm_text, supports
 from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ModelGraph
 from zoo.spec import BuildSpec, HardwareSpec
@@ -49,10 +49,6 @@ class TensorRtCompiler(Compiler):
         if not describe_machine().gpus:
             return "TensorRT builds on the GPU that an engine is for, and this machine has no NVIDIA GPU, or no driver for it"
         return ""
-
-    def runnable(self) -> str:
-        """Empty when this machine has a GPU that such engines are for, else one line that says it has none."""
-        return runnable(self.name)
 
     def supports(self, hardware: HardwareSpec) -> str:
         return supports(self.name, hardware)

@@ -166,6 +166,14 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, arrays: Mapping[st
     return parser
 
 
+def registered(trt: Any, graph: ModelGraph) -> frozenset[str]:
+    """The zoo ops of a graph that the library has a plugin for, by type, version and namespace."""
+    registry = trt.get_plugin_registry()
+    nodes = {node.op: node.attrs for node in graph.graph.nodes if node.domain == "zoo"}
+    found = {op: registry.get_creator(op, attrs["plugin_version"], attrs["plugin_namespace"]) for op, attrs in nodes.items()}
+    return frozenset(op for op, creator in found.items() if creator is not None)
+
+
 def _allow_any_attention(trt: Any, network: Any) -> None:
     """Let attention of a shape without a kernel of its own (head size 40, say) become elementary layers."""
     for index in range(network.num_layers):
@@ -219,7 +227,8 @@ def build_plan(
     check_device(build, device, pool_bytes(graph, build), 0)
     check_disk(device + 50_000_000, path.parent, f"the plan of {build.model.name} {build.profile}")
 
-    model, weights = parser_model(graph, TARGETS[build.compiler].zoo_ops == "inline")
+    plugins = registered(trt, graph) if TARGETS[build.compiler].zoo_ops == "plugin" else ()
+    model, weights = parser_model(graph, plugins)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for count, weight in enumerate(weights):
         report("bind weights", count, len(weights))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoo.artifacts.machine import describe_machine
 from zoo.compilers.base import PROCESS
 from zoo.errors import CompileError, ResourceError
 from zoo.graph import ONNX_TYPES, ModelGraph
@@ -31,17 +30,6 @@ def supports(compiler: str, hardware: HardwareSpec) -> str:
     if not set(target.dtypes) & set(hardware.dtypes):
         return f"it computes in {', '.join(target.dtypes)}, and {hardware.name!r} in {', '.join(hardware.dtypes)}{instead}"
     return ""
-
-
-def runnable(compiler: str) -> str:
-    """Empty when this machine has a GPU that the compiler builds for, else one line that says what it has."""
-    sms = TARGETS[compiler].sms
-    gpus = describe_machine().gpus
-    if any(gpu.sm in sms for gpu in gpus):
-        return ""
-    if not gpus:
-        return "no: this machine has no NVIDIA GPU, or no driver for it"
-    return f"no: it is for SM {', '.join(map(sm_text, sms))}; here is {', '.join(f'{g.name} (SM {sm_text(g.sm)})' for g in gpus)}"
 
 
 def sm_text(sm: int) -> str:

@@ -12,7 +12,7 @@ run by the session as one decode call and a few prefill calls.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
@@ -28,12 +28,13 @@ PREFILL_SEQUENCES = 4
 Range = tuple[int, int, int]  # least, best, most
 
 
-def parser_model(graph: ModelGraph, inline: bool) -> tuple[onnx.ModelProto, list[Weight]]:
+def parser_model(graph: ModelGraph, plugins: Collection[str] = ()) -> tuple[onnx.ModelProto, list[Weight]]:
     """The model whose bytes the parser gets, and the weights that its initializers stand for, in the same order.
 
-    With ``inline`` every zoo node is replaced by its function's nodes, named ``<node>/<inner node>``, so that a message about
-    one says where it stands. Initializers hold no data: they refer to ``weights.bin`` in the layout of
-    ``zoo.weights.bind.packed_layout``. Weights with equal recipes and dtypes become one initializer.
+    A zoo node whose op is not among ``plugins`` is replaced by its function's nodes, named ``<node>/<inner node>``, so that a
+    message about one says where it stands; a plugin's node keeps its op type, which the parser looks it up by. Functions are
+    not left to the parser: it cannot take one with a quantizer in it twice. Initializers hold no data: they refer to
+    ``weights.bin`` in the layout of ``zoo.weights.bind.packed_layout``. Weights with equal recipes and dtypes become one.
     """
     from zoo.weights.bind import packed_layout
 
@@ -46,8 +47,7 @@ def parser_model(graph: ModelGraph, inline: bool) -> tuple[onnx.ModelProto, list
     data_inputs = [value for value in model.graph.input if value.name not in graph.weights]
     del model.graph.input[:]
     model.graph.input.extend(data_inputs)
-    if inline:
-        model = _inlined(model)
+    model = _inlined(model, plugins)
     weights = [weight for name, weight in graph.weights.items() if same_as[name] == name]
     for weight, packed in zip(weights, packed_layout(weights)[0], strict=True):
         proto = model.graph.initializer.add(name=weight.name, data_type=ONNX_TYPES[weight.dtype], dims=weight.shape)
@@ -57,9 +57,9 @@ def parser_model(graph: ModelGraph, inline: bool) -> tuple[onnx.ModelProto, list
     return model, weights
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inlined(model: onnx.ModelProto, plugins: Collection[str]) -> onnx.ModelProto:
     """Local functions inlined. Each call gets a function of its own first, whose nodes carry the caller's name."""
-    functions = {(function.domain, function.name): function for function in model.functions}
+    functions = {(function.domain, function.name): function for function in model.functions if function.name not in plugins}
     del model.functions[:]
     for number, node in enumerate(model.graph.node):
         if not (function := functions.get((node.domain, node.op_type))):
@@ -73,11 +73,12 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         if "/" in node.name:
             node.name = re.sub(r"__\d+$", "", node.name)  # the inliner numbers calls; the caller's name says which
-    if left := sorted({f"{node.op_type} ({node.name})" for node in model.graph.node if node.domain == "zoo"}):
-        raise CompileError(f"no function body for {', '.join(left[:5])}: this target needs every zoo op as standard ops")
-    standard = [entry for entry in model.opset_import if entry.domain != "zoo"]
+    left_over = [node for node in model.graph.node if node.domain == "zoo"]
+    if left := sorted({f"{node.op_type} ({node.name})" for node in left_over if node.op_type not in plugins}):
+        raise CompileError(f"no function body for {', '.join(left[:5])}: this target needs it as standard ops")
+    used = [entry for entry in model.opset_import if entry.domain != "zoo" or left_over]
     del model.opset_import[:]
-    model.opset_import.extend(standard)
+    model.opset_import.extend(used)
     return model
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.compilers.base import CompiledEngine, Compiler, Progress, abi_of, pool_bytes, predict, weight_bytes
 from zoo.compilers.tensorrt_common import PLAN_FILE, build_plan
-from zoo.compilers.tensorrt_fit import device_bytes, runnable, supports
+from zoo.compilers.tensorrt_fit import device_bytes, supports
 from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ModelGraph
 from zoo.spec import BuildSpec, HardwareSpec
@@ -41,10 +41,6 @@ class TensorRtRtxCompiler(Compiler):
 
     def available(self) -> str:
         return "" if importlib.util.find_spec("tensorrt_rtx") else f"TensorRT-RTX is not installed; {INSTALL}"
-
-    def runnable(self) -> str:
-        """Empty when this machine has a GPU that such engines are for, else one line that says it has none."""
-        return runnable(self.name)
 
     def supports(self, hardware: HardwareSpec) -> str:
         return supports(self.name, hardware)
