@@ -29,7 +29,7 @@ def pack(texts: Sequence[bytes], order: int) -> Integers:
 
 @dataclass(frozen=True)
 class Level:
-    """One order: n-grams and their discounted counts, contexts and their totals and the weight left for lower orders."""
+    """One order: n-grams with discounted counts, contexts with totals and the weight left for lower orders."""
 
     grams: Integers
     discounted: Floats

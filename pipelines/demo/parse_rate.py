@@ -9,7 +9,7 @@ end is dropped: what is left are complete lines. They pass if
      (an open bracket, an open string, a block without a body);
   2. if unfinished, dropping complete lines from the end, and nothing else, leaves text that `ast.parse` accepts;
   3. at least one generated line that is not blank is still there.
-Nothing is ever inserted, and an error anywhere in the complete lines fails the prompt even if an earlier cut would parse.
+Nothing is ever inserted, and an error anywhere in the complete lines fails the prompt even if an earlier cut parses.
 Valid is not the same as sensible: this counts syntax alone.
 """
 
@@ -96,7 +96,7 @@ def with_zoo(reference: str) -> Complete:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the verdicts and the rate; exit with 1 when fewer than half of the prompts parse."""
-    parser = argparse.ArgumentParser(description="Share of held-out prompts that the model continues into valid Python.")
+    parser = argparse.ArgumentParser(description="Share of held-out prompts continued into valid Python.")
     parser.add_argument("--backend", choices=("transformers", "zoo"), default="transformers")
     parser.add_argument("--model", help="folder, or for zoo a REF (default: the demo checkpoint)")
     parser.add_argument("--max-tokens", type=int, default=128)

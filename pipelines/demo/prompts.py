@@ -1,6 +1,6 @@
 """The fixed held-out prompts: 50 first lines of functions and 50 of classes, cut from held-out files.
 
-    python -m pipelines.demo.prompts             # writes pipelines/demo/prompts.json (made once, kept in the repository)
+    python -m pipelines.demo.prompts             # writes prompts.json (made once, kept in the repository)
 
 A prompt is an unbroken piece of source that begins at the first column with `def` or `class` and ends with the line end
 of a function's signature: its own, or that of the class's first method.
