@@ -11,11 +11,11 @@ GIB = 1 << 30
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: 1.5 GB, 42.0 MB, 3 kB (powers of ten)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+    """Bytes for people: 1.5 GB, 42.0 MB, 3.1 kB, 12 B (powers of ten)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
-    return f"{size / 1e3:.0f} kB"
+    return f"{size:.0f} B"
 
 
 def available_memory() -> int:

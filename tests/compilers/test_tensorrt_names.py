@@ -263,4 +263,10 @@ def test_hidden_objects_are_found(line: str) -> None:
 
 @pytest.mark.skipif(bool(os.environ.get("ZOO_OFFLINE")), reason="ZOO_OFFLINE is set: NVIDIA's bindings are not downloaded")
 def test_the_record_is_what_nvidia_ships() -> None:
-    assert API.describe_bindings() == RECORD, "make the record anew: python pipelines/tensorrt_api.py --write"
+    try:
+        real = API.describe_bindings()
+    except RuntimeError as error:
+        if os.environ.get("ZOO_CI"):
+            raise
+        pytest.skip(f"NVIDIA's bindings cannot be looked at here: {error}")
+    assert real == RECORD, "make the record anew: python pipelines/tensorrt_api.py --write"

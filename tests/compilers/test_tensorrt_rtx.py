@@ -101,14 +101,14 @@ def test_whole_models_are_built(tmp_path: Path, work: Path, family: str, sm: int
 
 
 def test_datacenter_graphs_pass_the_same_builder(tmp_path: Path) -> None:
-    """What the ``tensorrt`` target makes of a model, zoo ops by their reference bodies, with TensorRT-RTX as the library."""
+    """What the ``tensorrt`` target makes of a model, zoo ops in standard ops, with TensorRT-RTX as the library."""
     trt = rtx()
     folder = families.make_checkpoint(tmp_path, "llama")
     model, tensors = families.spec(folder), Tensors.open(folder)
     limits = Limits(max_tokens=32, max_sequences=6, block_size=4, max_context=64).resolve(model)
     build = BuildSpec(model, QuantSpec("fp8", "fp8"), hardware(), ParallelSpec(), limits, "tensorrt", "bfloat16")
     graph = run_passes(expand(model, "bfloat16", limits.max_context), build, TARGETS["tensorrt"])
-    assert {node.op for node in graph.graph.nodes if node.domain == "zoo"} == {"ZooPagedAttention", "ZooFp8Linear"}
+    assert {node.op for node in graph.graph.nodes if node.domain == "zoo"} == {"ZooPagedAttentionPadded", "ZooFp8Linear"}
     assert tensorrt_common.registered(trt, graph) == frozenset()
 
     def configure(trt: Any, config: Any) -> None:

@@ -1,7 +1,7 @@
 """TensorRT for datacenter GPUs: plans built on the GPU that they are for.
 
-A zoo op whose plugin is registered stays a node that names it; any other is replaced by its reference body, which is right
-and slow. Everything else is shared with TensorRT-RTX.
+A zoo op whose plugin is registered stays a node that names it; any other is replaced by its function of standard ops. No
+plugin is shipped yet, so graph and builder are those of TensorRT-RTX.
 
 Not run here: no machine of this project has the library. Its names are checked against NVIDIA's own 11.4 bindings
 (tests/compilers/test_tensorrt_names.py); nothing else about this target is proven.
