@@ -74,7 +74,7 @@ def test_layers_of_different_kinds_get_different_functions() -> None:
 
 
 def test_a_target_with_plugins_keeps_the_node_and_its_body() -> None:
-    target = TARGETS["tensorrt"]
+    target = dataclasses.replace(TARGETS["tensorrt"], attention="plugin")
     assert not LowerAttention().wanted(build_spec(SPEC), target)
     graph = run([LowerAttention()], ragged(), build_spec(SPEC), target)
     assert "ZooPagedAttention" in graph.functions and graph.index_inputs == []

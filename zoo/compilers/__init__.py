@@ -1,10 +1,10 @@
 """Compilers: rewritten graph -> engine files. One class a target, one dict of them.
 
-    base.py              the protocol, CompiledEngine, and what follows from the graph alone (ABI, sizes, memory)
-    onnxruntime.py       CPU engines: model.onnx and weights as recipes over the checkpoint's own files
-    tensorrt_rtx.py      TensorRT-RTX plans, built on any machine
-    tensorrt.py          datacenter TensorRT plans, built on the GPU itself
-    tensorrt_*.py        what the two share
+base.py              the protocol, CompiledEngine, and what follows from the graph alone (ABI, sizes, memory)
+onnxruntime.py       CPU engines: model.onnx and weights as recipes over the checkpoint's own files
+tensorrt_rtx.py      TensorRT-RTX plans, built on any machine
+tensorrt.py          datacenter TensorRT plans, built on the GPU itself
+tensorrt_*.py        what the two share
 """
 
 from __future__ import annotations
