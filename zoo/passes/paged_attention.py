@@ -27,6 +27,7 @@ from zoo.passes.frame import Pass, PassContext
 from zoo.plugins.paged_attention import PLUGIN
 from zoo.spec import BuildSpec, Limits
 from zoo.targets import Target
+from zoo.weights.recipe import Recipe, Weight
 
 NORMS = ("RMSNormalization", "LayerNormalization")
 ATTENTION = re.compile(r"layer\.(\d+)\.attention")
@@ -64,6 +65,7 @@ class InsertPagedAttention(Pass):
         for attention, layer in matches:
             _replace(graph, attention, layer, inputs)
         _gather_rows(graph, head, inputs.logit_rows)
+        _lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
         report.counts = {PLUGIN.op: len(matches), "masks": sum(bool(layer.window) for layer in graph.layers)}
         graph.functions[PLUGIN.op] = PLUGIN.body
         remove_dead(graph)
@@ -80,6 +82,19 @@ class InsertPagedAttention(Pass):
         names = [output.name for output in graph.graph.outputs]
         if names != ["logits", *(f"kv_out.{layer.index}" for layer in graph.layers)]:
             raise PassError(f"the outputs are {', '.join(names)}")
+
+
+def _lengthen_rotary_tables(graph: ModelGraph, rows: int) -> None:
+    """Give rotary tables a row for each token of a step, if the context has fewer.
+
+    A ragged row holds several sequences, so T may exceed the context. No position does, but ONNX Runtime's RotaryEmbedding
+    refuses more tokens than its tables have rows.
+    """
+    for weight in [weight for weight in graph.weights.values() if weight.recipe.op == "computed"]:
+        kind, params = weight.recipe.attrs
+        if kind in ("rope_cos", "rope_sin") and weight.shape[0] < rows:
+            recipe = Recipe("computed", (rows, *weight.shape[1:]), (), (kind, params))
+            graph.replace_weight(graph.variable(weight.name), Weight(weight.name, weight.dtype, recipe))
 
 
 def match(graph: ModelGraph) -> tuple[list[tuple[gs.Node, LayerInfo]], list[Miss]]:
