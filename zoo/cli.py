@@ -8,6 +8,7 @@ a traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -36,6 +37,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bench": ("bench", "bench", "measure throughput and latency of an engine"),
     "doctor": ("doctor", "doctor", "say what this machine can build and run"),
 }
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port; give 0 to 65535")
+    return port
 
 
 def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
@@ -88,7 +96,7 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
         add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     if name == "serve":
         add("--host", default="127.0.0.1")
-        add("--port", type=int, default=8000, metavar="N")
+        add("--port", type=_port, default=8000, metavar="N", help="0 takes a free one")
     if name == "bench":
         add("--requests", type=int, default=32, metavar="N")
         add("--input-tokens", type=int, default=128, metavar="N")
@@ -123,8 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zoo: interrupted; nothing was left half-done", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `zoo list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what is still in stdout's buffer has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `zoo list | head` is no mistake
+            print(f"zoo: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         return 1
 
 

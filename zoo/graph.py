@@ -13,6 +13,7 @@ Linear weights are [in, out], as MatMul wants them.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,13 @@ class ModelGraph:
         return model
 
     def save(self, path: Path) -> None:
-        """Write the weightless ONNX file, for Netron."""
-        onnx.save(self.to_onnx(), str(path))
+        """Write the weightless ONNX file, for Netron: aside, then renamed. OSError when the folder cannot be written."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            aside.write_bytes(self.to_onnx().SerializeToString())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def new_graph(name: str) -> gs.Graph:

@@ -113,9 +113,28 @@ def test_add_writes_a_model_that_composes(tmp_path: Path) -> None:
         (["show", "zoo-demo:ffffffffffff"], ["ffffffffffff"]),
         (["add", "/no/such/folder"], ["/no/such/folder"]),
         (["graph", "models=gpt2", "-o", "/no/such/folder/x.onnx"], ["/no/such/folder"]),
+        (["graph", "models=gpt2", "hardware=cpu", "-o", "/dev"], ["/dev", "not a file"]),
+        (["serve", "zoo-demo", "--host", "192.0.2.1", "--port", "9"], ["192.0.2.1:9"]),
     ],
 )
 def test_mistakes_are_one_clear_message(home: Path, arguments: list[str], words: list[str]) -> None:
     message = fails(home, *arguments)
     for word in words:
         assert word in message, message
+
+
+def test_a_registry_of_the_configuration_is_used(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "registry").mkdir(parents=True)
+    (tmp_path / "conf" / "registry" / "mine.yaml").write_text(f"# @package registry\nname: mine\npath: {tmp_path / 'here'}\n")
+    done = zoo(tmp_path, "engines", "models=zoo-demo", "hardware=cpu", "registry=mine", *SMALL, ZOO_CONF=str(tmp_path / "conf"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here").is_dir() and not (tmp_path / "registry").exists()
+    assert len(json.loads(zoo(tmp_path, "list", "--registry", str(tmp_path / "here"), "--json").stdout)) == 1
+
+
+def test_a_full_standard_output_is_no_traceback(home: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "zoo.cli", "list", "--json"]
+        env = {**os.environ, "ZOO_HOME": str(home)}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("zoo: No space left") and "Traceback" not in done.stderr

@@ -39,7 +39,7 @@ def engines(arguments: argparse.Namespace) -> int:
     from zoo.build import build
 
     specs = compose_all(arguments.overrides, arguments.multirun)
-    registry = open_registry(arguments)
+    registry = open_registry(arguments) if arguments.registry else None  # else the one that each spec names
     dump = Path(arguments.dump) if arguments.dump else None
     results = []
     started = time.perf_counter()
@@ -91,6 +91,8 @@ def graph(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: the folder {output.parent} does not exist; make it or write elsewhere")
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"--output {output}: is not a file; name one that ends in .onnx")
     made.save(output)
     summary = {
         "file": str(output),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import socket
 
 from zoo.commands.output import stderr
-from zoo.errors import UnavailableError
+from zoo.errors import RequestError, UnavailableError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -20,19 +23,31 @@ def serve(arguments: argparse.Namespace) -> int:
     from zoo.serving.openai import Server
     from zoo.serving.worker import Worker
 
-    with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
+    try:
+        listener = socket.create_server((arguments.host, arguments.port), family=_family(arguments.host))
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen at {arguments.host}:{arguments.port}: {error.strerror}; choose --host and --port"
+        ) from None
+    with listener, LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
         worker = Worker(llm.engine)
         app = Server(llm.ref.partition(":")[0], worker, llm.encode, llm.default_params()).app()
-        where = f"http://{arguments.host}:{arguments.port}"
-        if arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        where = f"http://{host}:{listener.getsockname()[1]}"
+        if arguments.host not in LOOPBACK:
             stderr.print(
                 f"zoo: {where} is open to other machines, and this server asks for no key", style="yellow", highlight=False
             )
         if arguments.json:
             print(json.dumps({"ref": llm.ref, "url": where}), flush=True)
         stderr.print(f"serving {llm.ref} at {where}/v1", highlight=False)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
         try:
-            uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=30)
+            uvicorn.Server(config).run(sockets=[listener])
         finally:
             worker.close()
     return 0
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
