@@ -106,6 +106,7 @@ QWEN = {
     "hidden_size": 64,
     "num_attention_heads": 4,
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 2}
 SLIDE, FULL = "sliding_attention", "full_attention"
 WINDOWS: list[dict[str, Any]] = [
     {"sliding_window": 8},
@@ -129,9 +130,11 @@ def test_windows_of_qwen2(change: dict[str, Any]) -> None:
 
 
 def test_windows_of_mistral() -> None:
-    base = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     for change in ({}, {"sliding_window": 7}, {"sliding_window": None}):
-        assert meaning({**base, **change})["window"] == (transformers.MistralConfig(**change).sliding_window or 0)
+        window = transformers.MistralConfig(**change).sliding_window
+        assert meaning({**MISTRAL, **change})["window"] == (window or 0)
+        redundant = {"layer_types": [SLIDE if window else FULL] * 2}
+        assert meaning({**MISTRAL, **change, **redundant}) == meaning({**MISTRAL, **change})
 
 
 UNDERSTOOD_NOT = [
@@ -149,6 +152,11 @@ UNDERSTOOD_NOT = [
     (QWEN | {"layer_types": ["chunked_attention"] * 4}, "layer_types: only full_attention and sliding_attention"),
     (QWEN | {"use_sliding_window": True, "layer_types": [SLIDE]}, "layer_types names 1 layers of 4"),
     (QWEN | {"use_sliding_window": True, "sliding_window": -1}, "sliding_window is -1"),
+    (QWEN | {"layer_types": [["x"]]}, "layer_types: only full_attention and sliding_attention"),
+    (QWEN | {"layer_types": [{}] * 4}, "layer_types: only full_attention and sliding_attention"),
+    (MISTRAL | {"layer_types": [FULL, SLIDE]}, "layer_types: this architecture has sliding_attention on every layer"),
+    (MISTRAL | {"layer_types": [FULL, SLIDE], "sliding_window": None}, "has full_attention on every layer"),
+    (LLAMA | {"layer_types": [FULL, SLIDE], "sliding_window": 4}, "has full_attention on every layer"),
     ({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True}, "only False is supported"),
 ]  # fmt: skip
 

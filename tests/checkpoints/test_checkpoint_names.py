@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
-from zoo.checkpoints import Checkpoint, check_tensors, fit_names
+from zoo.checkpoints import Checkpoint, check_config, check_tensors, fit_names
 from zoo.checkpoints.adopt import adopt
 from zoo.checkpoints.names import recipe_for, roles, shape_of
 from zoo.config import compose, compose_model, list_models
@@ -131,6 +132,35 @@ def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
     checkpoint = changed(folder, tmp_path / "both", {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
     check_tensors(model, checkpoint.tensors)
     assert next(recipe_for(model, "lm_head").leaves())["name"] == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_that_config_json_calls_tied_but_is_not(family: str, tmp_path: Path) -> None:
+    """transformers uses the stored head then, and so does a model that was adopted."""
+    folder = families.make_checkpoint(tmp_path, family, tie_word_embeddings=True)
+    tied = compose_model(adopt(folder)).model
+    assert tied.tie_embeddings
+    head = torch.randn(tied.vocab_size, tied.hidden_size)
+    checkpoint = changed(folder, tmp_path / "own", {"lm_head.weight": head})
+    with pytest.raises(CheckpointError, match=r"holds a lm_head.weight with other numbers.*set model.tie_embeddings=false"):
+        check_tensors(tied, checkpoint.tensors)
+    made = compose_model(adopt(tmp_path / "own")).model
+    assert not made.tie_embeddings
+    check_config(made, checkpoint)
+    check_tensors(made, checkpoint.tensors)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float32).lm_head.weight
+    ours = weight_of(fit_names(made, checkpoint.tensors), checkpoint, "lm_head")
+    assert (ours == theirs.detach().numpy().T).all() and (ours == head.numpy().T).all()
+
+
+def test_a_tied_head_in_another_dtype(tmp_path: Path) -> None:
+    folder = families.make_checkpoint(tmp_path, "llama", dtype="bfloat16", tie_word_embeddings=True)
+    embed = safetensors.torch.load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    wide = embed.float()
+    assert compose_model(adopt(changed(folder, tmp_path / "same", {"lm_head.weight": wide}).folder)).model.tie_embeddings
+    wide = wide.clone()
+    wide[-1, -1] += 1
+    assert not compose_model(adopt(changed(folder, tmp_path / "other", {"lm_head.weight": wide}).folder)).model.tie_embeddings
 
 
 def test_gpt2_is_read_with_and_without_its_prefix(tmp_path: Path) -> None:

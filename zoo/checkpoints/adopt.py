@@ -11,7 +11,7 @@ from typing import Any
 
 from zoo.checkpoints.families import check_config, read, recognise
 from zoo.checkpoints.folder import Checkpoint
-from zoo.checkpoints.names import check_tensors
+from zoo.checkpoints.names import check_tensors, has_own_head
 from zoo.errors import ConfigError
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
@@ -40,6 +40,10 @@ def model_yaml(folder: Path, name: str | None = None, relative_to: Path | None =
         values["dtype"] = _dtype(checkpoint)
         text = _render(family, architecture, head, values)
         model = compose_model(text).model
+        if model.tie_embeddings and has_own_head(model, checkpoint.tensors):
+            values["tie_embeddings"] = False  # what transformers does, whatever config.json says
+            text = _render(family, architecture, head, values)
+            model = compose_model(text).model
         check_config(model, checkpoint)
         check_tensors(model, checkpoint.tensors)
     finally:

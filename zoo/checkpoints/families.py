@@ -114,7 +114,9 @@ def check_config(model: ModelSpec, checkpoint: Checkpoint) -> None:
         ours = getattr(model, key)
         theirs = tuple(theirs) if isinstance(theirs, list) else theirs
         fewer = key == "max_positions" and model.position == "rope" and ours < theirs
-        if ours != theirs and not fewer:
+        # The stored head counts, whatever config.json calls it; check_tensors says when there is none.
+        untied = key == "tie_embeddings" and not ours
+        if ours != theirs and not fewer and not untied:
             (tuned if key in TUNABLE else different).append(f"{key}: {ours!r}, config.json means {theirs!r}")
     for difference in tuned:
         log.warning("model %r differs from its checkpoint config.json in %s", model.name, difference)
@@ -182,10 +184,19 @@ def _window(config: dict[str, Any], defaults: dict[str, Any], rule: str, layers:
     ``max_window_layers`` on, when ``use_sliding_window`` says so (Qwen)."""
     full: dict[str, Any] = {"window": 0, "window_layers": []}
     types = config.get("layer_types")
-    if types is not None and (not isinstance(types, list) or set(types) - {"full_attention", "sliding_attention"}):
+    known = ("full_attention", "sliding_attention")
+    if types is not None and (not isinstance(types, list) or any(one not in known for one in types)):
         problems.append(f"layer_types: only full_attention and sliding_attention are supported, found {str(types)[:80]}")
         return full
     window = {**defaults, **config}.get("sliding_window")
+    if rule != "layers" and types:
+        # transformers does not read the list here; one that means what it does anyway is no harm
+        meant = "sliding_attention" if rule == "all" and window is not None else "full_attention"
+        if any(one != meant for one in types):
+            problems.append(
+                f"layer_types: this architecture has {meant} on every layer, found {str(types)[:80]}; "
+                "if its layers do differ, its architecture has another name"
+            )
     if rule == "none":
         return full
     if rule == "layers" and not {**defaults, **config}.get("use_sliding_window"):

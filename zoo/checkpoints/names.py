@@ -9,12 +9,16 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from zoo.errors import CheckpointError, ConfigError
 from zoo.spec import ModelSpec
 from zoo.weights.reader import Tensors
 from zoo.weights.recipe import Recipe, computed, slice_, tensor, transpose
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+PIECE = 4 << 20  # numbers compared at a time
 LISTED = 200  # problems of one kind that an error lists
 
 
@@ -123,8 +127,38 @@ def fit_names(model: ModelSpec, tensors: Tensors) -> ModelSpec:
     return dataclasses.replace(model, tensors=fitted)
 
 
+def has_own_head(model: ModelSpec, tensors: Tensors) -> bool:
+    """Whether the checkpoint holds an output head whose numbers are not those of its embedding.
+
+    config.json may call such a pair tied all the same; transformers then uses the stored head.
+    """
+    model = fit_names(model, tensors)
+    names = [_name(model, role, None) for role in ("embed", "lm_head") if role in model.tensors.model]
+    if len(names) < 2 or any(name not in tensors for name in names):
+        return False
+    embed, head = names
+    if tensors.shape(embed) != tensors.shape(head):
+        return True
+    same = tensors.dtype(embed) == tensors.dtype(head)
+    known = {tensors.dtype(embed), tensors.dtype(head)} <= set(FLOATS)
+    if not same and not known:
+        return True
+    left, right = tensors.array(embed).reshape(-1), tensors.array(head).reshape(-1)
+    for start in range(0, left.size, PIECE):
+        one, other = left[start : start + PIECE], right[start : start + PIECE]
+        if same:
+            equal = bool(np.array_equal(one.view(np.uint8), other.view(np.uint8)))
+        else:
+            equal = bool(np.array_equal(one.astype(np.float64), other.astype(np.float64)))
+        if not equal:
+            return True
+    tensors.release(embed)
+    tensors.release(head)
+    return False
+
+
 def check_tensors(model: ModelSpec, tensors: Tensors) -> None:
-    """Raise one CheckpointError that lists every missing, extra and misshapen tensor."""
+    """Raise one CheckpointError that lists every missing, extra and misshapen tensor, and one for a head that is not tied."""
     model = fit_names(model, tensors)
     wanted: dict[str, tuple[int, ...]] = {}
     for role, layer in roles(model):
@@ -149,7 +183,7 @@ def check_tensors(model: ModelSpec, tensors: Tensors) -> None:
     floats = [
         f"{name}: {tensors.dtype(name)}; expected bfloat16, float16 or float32"
         for name in wanted
-        if name in present and tensors.dtype(name) not in ("bfloat16", "float16", "float32", "float64")
+        if name in present and tensors.dtype(name) not in FLOATS
     ]
     parts = [("missing", missing), ("extra", extra), ("misshapen", misshapen), ("of a dtype that is not read", floats)]
     if any(lines for _, lines in parts):
@@ -161,6 +195,12 @@ def check_tensors(model: ModelSpec, tensors: Tensors) -> None:
                 text += [f"  {line}" for line in lines[:LISTED]]
                 text += [f"  ... and {len(lines) - LISTED} more"] * (len(lines) > LISTED)
         raise CheckpointError("\n".join(text))
+    if model.tie_embeddings and has_own_head(model, tensors):
+        raise CheckpointError(
+            f"{tensors.files[0].parent}: model {model.name!r} ties its head to the embedding, but the checkpoint holds a "
+            f"{_name(model, 'lm_head', None)} with other numbers than {_name(model, 'embed', None)}; "
+            "set model.tie_embeddings=false to use it"
+        )
 
 
 def _stored(model: ModelSpec, role: str, layer: int | None) -> Recipe:
