@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,20 @@ QK_NORMS = ("none", "head")
 ROPE_KINDS = ("default", "linear", "llama3")
 QUANT_METHODS = ("none", "fp8")
 COMPILERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
+
+
+# The most that each size may be: far over any model, and small enough that nothing hangs on a number with a digit too many.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "num_layers": 1024,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "max_positions": 1 << 27,
+}
+LABEL = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names that become part of a profile, and with it of file names
 
 
 def to_json(spec: Any) -> dict[str, Any]:
@@ -50,6 +65,20 @@ def _pick(where: str, key: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _at_least(where: str, key: str, value: float, least: float) -> None:
     if value < least:
         raise ConfigError(f"{where}: {key} is {value}; it must be at least {least}")
+
+
+def _between(where: str, key: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(
+            f"{where}: {key} is {value}; it must be at {'least' if value < least else 'most'} {least if value < least else most}"
+        )
+
+
+def _label(where: str, name: str) -> None:
+    if not LABEL.fullmatch(name) or len(name) > 100:
+        raise ConfigError(
+            f"{where}: name is {name!r}; names are lower case letters and digits, with dots and dashes after the first"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,9 +151,10 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         where = f"model {self.name!r}"
-        for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):
-            _at_least(where, key, getattr(self, key), 1)
-        _at_least(where, "intermediate_size", self.intermediate_size, 1)
+        for key, most in LARGEST.items():
+            _between(where, key, getattr(self, key), 1, most)
+        for key in ("softcap", "attention_scale"):
+            _at_least(where, key, getattr(self, key), 0)
         _pick(where, "norm", self.norm, NORMS)
         _pick(where, "activation", self.activation, ACTIVATIONS)
         _pick(where, "mlp", self.mlp, MLPS)
@@ -161,7 +191,9 @@ class QuantSpec:
     calibration_tokens: int = 4096
 
     def __post_init__(self) -> None:
+        _label("quant", self.name)
         _pick(f"quant {self.name!r}", "method", self.method, QUANT_METHODS)
+        _between(f"quant {self.name!r}", "calibration_tokens", self.calibration_tokens, 1, 1 << 24)
 
 
 @dataclass(frozen=True)
@@ -183,6 +215,7 @@ class HardwareSpec:
 
     def __post_init__(self) -> None:
         where = f"hardware {self.name!r}"
+        _label("hardware", self.name)
         _pick(where, "kind", self.kind, ("cpu", "gpu"))
         for compiler in self.compilers:
             _pick(where, "compilers", compiler, COMPILERS)
@@ -207,6 +240,7 @@ class ParallelSpec:
     pp: int = 1
 
     def __post_init__(self) -> None:
+        _label("parallel", self.name)
         _at_least(f"parallel {self.name!r}", "tp", self.tp, 1)
         _at_least(f"parallel {self.name!r}", "pp", self.pp, 1)
 
@@ -232,9 +266,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for key in ("max_tokens", "max_sequences", "block_size"):
-            _at_least("limits", key, getattr(self, key), 1)
-        for key in ("max_rows", "max_context", "max_blocks"):
-            _at_least("limits", key, getattr(self, key), 0)
+            _between("limits", key, getattr(self, key), 1, LARGEST["max_positions"])
+        for key in ("max_rows", "max_context"):
+            _between("limits", key, getattr(self, key), 0, LARGEST["max_positions"])
+        _between("limits", "max_blocks", self.max_blocks, 0, (1 << 31) - 1)  # block numbers are int32
+        if self.max_context == 1:
+            raise ConfigError(
+                "limits: max_context is 1; it must be at least 2 (a prompt and what follows), or 0 for the model's own"
+            )
 
     def resolve(self, model: ModelSpec) -> Limits:
         """Fill every 0 in: the context from the model, rows from sequences, blocks for a full house of contexts.
@@ -282,6 +321,7 @@ class BuildSpec:
     def __post_init__(self) -> None:
         _pick("build", "compiler", self.compiler, COMPILERS)
         _pick("build", "dtype", self.dtype, DTYPES)
+        _between("build", "threads", self.threads, 0, 1024)
 
     @property
     def profile(self) -> str:

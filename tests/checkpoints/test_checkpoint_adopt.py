@@ -157,6 +157,9 @@ UNDERSTOOD_NOT = [
     (MISTRAL | {"layer_types": [FULL, SLIDE]}, "layer_types: this architecture has sliding_attention on every layer"),
     (MISTRAL | {"layer_types": [FULL, SLIDE], "sliding_window": None}, "has full_attention on every layer"),
     (LLAMA | {"layer_types": [FULL, SLIDE], "sliding_window": 4}, "has full_attention on every layer"),
+    (LLAMA | {"num_hidden_layers": 10**9}, "num_layers is 1000000000; it must be at most 1024"),
+    (QWEN | {"num_hidden_layers": 10**9, "use_sliding_window": True, "sliding_window": 4}, "num_layers is 1000000000"),
+    (LLAMA | {"vocab_size": 10**9}, "vocab_size is 1000000000; it must be at most 16777216"),
     ({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True}, "only False is supported"),
 ]  # fmt: skip
 

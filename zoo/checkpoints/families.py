@@ -13,7 +13,7 @@ from typing import Any
 
 from zoo.checkpoints.folder import Checkpoint
 from zoo.errors import CheckpointError, ConfigError
-from zoo.spec import ROPE_KINDS, ModelSpec
+from zoo.spec import LARGEST, ROPE_KINDS, ModelSpec
 from zoo.weights.reader import Tensors
 
 ACTIVATIONS = {
@@ -208,7 +208,7 @@ def _window(config: dict[str, Any], defaults: dict[str, Any], rule: str, layers:
     if not _is_count(window) or window == 0:
         problems.append(f"sliding_window is {window!r}; it must be a whole number over 0")
         return full
-    if rule == "all" or not _is_count(layers):
+    if rule == "all" or not _is_count(layers) or layers > LARGEST["num_layers"]:
         return {"window": window, "window_layers": []}
     if types is None:
         start: Any = {**defaults, **config}.get("max_window_layers")
@@ -232,7 +232,9 @@ def _wrong_types(values: dict[str, Any]) -> list[str]:
     for key, value in values.items():
         wanted = MODEL_TYPES.get(key)
         if wanted is int and not _is_count(value):
-            wrong.append(f"{key} is {value!r}; it must be a whole number")
+            wrong.append(f"{key} is {repr(value)[:60]}; it must be a whole number")
+        elif wanted is int and value > LARGEST.get(key, value):
+            wrong.append(f"{key} is {value}; it must be at most {LARGEST[key]}")
         if wanted is bool and not isinstance(value, bool):
             wrong.append(f"{key} is {value!r}; it must be true or false")
         if wanted is float and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -71,8 +71,10 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
         )
     compiler = _compiler(data["compiler"], hardware)
     dtype = _dtype(data["dtype"], model, hardware, compiler)
-    if data["threads"] < 0:
-        raise ConfigError(f"{composed.origin('threads')}: threads is {data['threads']}; it must be at least 0 (0: all)")
+    if not 0 <= data["threads"] <= 1024:
+        raise ConfigError(
+            f"{composed.origin('threads')}: threads is {data['threads']}; it must be at least 0 (0: all) and at most 1024"
+        )
     return BuildSpec(
         model=model,
         quant=quant,
@@ -116,6 +118,13 @@ def _model(composed: Composed) -> ModelSpec:
         raise ConfigError(f"{where}: model.window must be at least 0, and window_layers between 0 and {model.num_layers - 1}")
     if model.window_layers and not model.window:
         raise ConfigError(f"{where}: model.window_layers is set but model.window is 0; set both or neither")
+    for number, pattern in enumerate(model.tensors.ignored):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(
+                f"{where}: model.tensors.ignored[{number}] is {pattern[:60]!r}, which is no regular expression: {error}"
+            ) from None
     if not model.norm_eps > 0:
         raise ConfigError(f"{where}: model.norm_eps is {model.norm_eps}; it must be more than 0")
     return model
