@@ -60,8 +60,10 @@ def calibrate_checkpoint(
 ) -> dict[str, float]:
     """Scales of a checkpoint over the first ``tokens`` tokens of the default text, by its own tokenizer.
 
-    Raises CheckpointError when the folder has no tokenizer.json.
+    Raises ConfigError for fewer than one token, CheckpointError when the folder has no tokenizer.json.
     """
+    if tokens < 1:
+        raise ConfigError(f"quant.calibration_tokens is {tokens}; it must be at least 1")
     path = checkpoint.folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(

@@ -149,6 +149,9 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
             calibrate(model, tensors, [1, 262])
         with pytest.raises(ConfigError, match="token id -1"):
             calibrate(model, tensors, [-1, 3])
+    for tokens in (0, -5):
+        with pytest.raises(ConfigError, match=rf"quant\.calibration_tokens is {tokens}; it must be at least 1"):
+            calibrate_checkpoint(model, Checkpoint.open(folder), tokens)
 
 
 @pytest.mark.parametrize(
