@@ -30,7 +30,11 @@ BAD: list[tuple[str, object, str]] = [
     ("min_p", -0.1, "between 0 and 1"),
     ("min_p", 2, "between 0 and 1"),
     ("seed", 1.5, "whole number"),
-    ("repetition_penalty", 0.0, "above 0"),
+    ("seed", -1, "at least 0 and below 2**64"),
+    ("seed", 2**64, "at least 0 and below 2**64"),
+    ("repetition_penalty", 0.0, "between 0.01 and 100"),
+    ("repetition_penalty", 5e-324, "between 0.01 and 100"),
+    ("repetition_penalty", 1e39, "between 0.01 and 100"),
     ("presence_penalty", 2.1, "between -2 and 2"),
     ("frequency_penalty", -3, "between -2 and 2"),
     ("logprobs", -1, "at least 0"),
@@ -68,7 +72,8 @@ def test_unknown_parameters_are_refused() -> None:
 
 
 def test_edges_are_accepted() -> None:
-    SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=1, max_tokens=None, min_tokens=5, seed=-3, logprobs=0)
+    SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=1, max_tokens=None, min_tokens=5, seed=2**64 - 1, logprobs=0)
+    SamplingParams(seed=0, repetition_penalty=0.01)
     SamplingParams(stop="x", stop_token_ids=[0], logit_bias={0: -100.0, 5: 100}, repetition_penalty=0.5, n=4, max_tokens=1)
 
 

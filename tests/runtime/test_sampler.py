@@ -203,6 +203,6 @@ def test_log_probabilities_agree_with_torch(count: int) -> None:
 
 def test_seeds_of_any_size() -> None:
     logits = draw_logits(1, 50)
-    for seed in (-1, 0, 2**63, 2**70):
+    for seed in (0, 2**63, 2**64 - 1):
         tokens = {Chooser(SamplingParams(seed=seed), [0], 50).choose(logits, 0) for _ in range(3)}
         assert len(tokens) == 1

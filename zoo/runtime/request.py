@@ -20,6 +20,7 @@ NUMBERS = (*INTEGERS, float, np.floating)
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
+SEEDS = 2**64
 
 
 def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
@@ -27,8 +28,8 @@ def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
         raise RequestError(f"{name} is {value!r}; it must be {what}")
 
 
-def _integer(name: str, value: Any, low: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < low:
+def _integer(name: str, value: Any, low: int, what: str, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, INTEGERS) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; it must be {what}")
 
 
@@ -36,7 +37,7 @@ def _integer(name: str, value: Any, low: int, what: str) -> None:
 class SamplingParams:
     """How to continue a prompt. Every field is checked when the object is made and again when a request is added.
 
-    n                      continuations of each prompt; with a seed, continuation i uses seed + i
+    n                      continuations of each prompt; with a seed, continuation i uses seed + i (modulo 2**64)
     max_tokens             at most so many new tokens, at least 1 (0 is an error); None: up to the engine's context
     min_tokens             no end token, stop token or stop string before so many tokens
     temperature            0 (below 1e-5) is greedy, the most likely token; else logits are divided by it
@@ -44,9 +45,9 @@ class SamplingParams:
     top_p                  then keep the smallest set of most likely tokens whose probability reaches top_p (nucleus sampling,
                            Holtzman et al. 2019)
     min_p                  then drop tokens less likely than min_p times the most likely one (Nguyen et al. 2024)
-    seed                   same seed, same tokens, whatever else is in the batch; None: different each time
+    seed                   0 to 2**64 - 1: same seed, same tokens, whatever else is in the batch; None: different each time
     repetition_penalty     logits of tokens in the prompt or the continuation are divided by it where positive and multiplied
-                           where negative (Keskar et al. 2019); 1: none
+                           where negative (Keskar et al. 2019); 0.01 to 100, 1: none
     presence_penalty       subtracted once from the logit of a token that the continuation has
     frequency_penalty      subtracted as often as the continuation has the token
     logit_bias             token id -> number added to its logit
@@ -100,8 +101,8 @@ class SamplingParams:
         _number("top_p", self.top_p, math.ulp(0.0), 1, "above 0 and at most 1")
         _number("min_p", self.min_p, 0, 1, "between 0 and 1")
         if self.seed is not None:
-            _integer("seed", self.seed, -(2**127), "a whole number of at most 127 bits, or None")
-        _number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf, "a finite number above 0 (1 is none)")
+            _integer("seed", self.seed, 0, "a whole number of at least 0 and below 2**64, or None", SEEDS - 1)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100, "between 0.01 and 100 (1 is none)")
         _number("presence_penalty", self.presence_penalty, -2, 2, "between -2 and 2")
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "between -2 and 2")
         if self.logprobs is not None:

@@ -87,7 +87,7 @@ class Chooser:
         self._counts: Float32 | None = None
         if params.presence_penalty or params.frequency_penalty:
             self._counts = np.zeros(vocab_size, np.float32)
-        seed = None if params.seed is None else int(params.seed) % 2**64
+        seed = None if params.seed is None else int(params.seed)
         self._random = np.random.Generator(np.random.PCG64(seed)) if params.temperature >= GREEDY else None
         # Nothing but the row's largest logit decides.
         adjusted = bool(params.min_tokens) or any(x is not None for x in (self._bias, self._seen, self._counts))
