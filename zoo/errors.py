@@ -12,7 +12,8 @@
     │   ├── NotFoundError       no such model, version or profile
     │   ├── DigestError         the bytes are not what the digest says
     │   └── IncompatibleError   the engine is not for this machine
-    └── RequestError            a request to a running engine is wrong
+    ├── RequestError            a request to a running engine is wrong
+    └── EngineError             a running engine failed in a step
 
 Broken invariants are bugs: they are ``assert``s, not ``ZooError``s.
 """
@@ -70,3 +71,7 @@ class IncompatibleError(ArtifactError):
 
 class RequestError(ZooError):
     """A generation request is wrong: empty prompt, too long, a parameter out of range."""
+
+
+class EngineError(ZooError):
+    """A running engine failed in a step. The requests of that step are lost; others can go on."""

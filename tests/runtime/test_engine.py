@@ -153,17 +153,45 @@ def test_nan_fails_one_request_by_name_and_spares_the_others() -> None:
     assert engine.scheduler.blocks.used_blocks == 0
 
 
-def test_failing_step_drops_its_requests_and_keeps_the_others() -> None:
+def test_failing_step_ends_its_requests_and_keeps_the_others() -> None:
     session = FakeSession(limits(max_sequences=1))
     engine = engine_of(session)
     engine.add_request("first", [3, 4], params(max_tokens=5, ignore_eos=True))
     engine.add_request("second", [5, 6], params(max_tokens=5, ignore_eos=True))
     engine.step()
     session.fail_next = RuntimeError("out of luck")
-    with pytest.raises(RuntimeError, match="out of luck"):
-        engine.step()
+    [piece] = engine.step()
+    assert (piece.request_id, piece.token_ids, piece.finish_reason) == ("first", [], "error")
+    assert piece.error == "request 'first' failed after 1 tokens: the engine failed: out of luck"
+    assert engine.scheduler.blocks.used_blocks == 0
     outputs = drain(engine)
     assert list(outputs) == ["second"] and outputs["second"].token_ids == greedy([5, 6], 5, end=None)
+
+
+def test_an_engine_that_always_fails_comes_to_an_end() -> None:
+    class Broken(FakeSession):
+        def step(self, batch: Batch) -> StepResult:
+            raise RuntimeError("no luck at all")
+
+    engine = engine_of(Broken(limits(max_sequences=2)))
+    for index in range(7):
+        engine.add_request(f"r{index}", [3, 4 + index], params(max_tokens=5))
+    outputs = drain(engine, steps=7)
+    assert len(outputs) == 7 and {output.finish_reason for output in outputs.values()} == {"error"}
+    assert engine.scheduler.blocks.used_blocks == 0 and not engine._live
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), AssertionError("a bug")], ids=lambda error: type(error).__name__)
+def test_interrupts_and_bugs_go_up(error: BaseException) -> None:
+    session = FakeSession(limits(max_sequences=1))
+    engine = engine_of(session)
+    engine.add_request("first", [3, 4], params(max_tokens=5))
+    engine.add_request("second", [5, 6], params(max_tokens=5, ignore_eos=True))
+    session.fail_next = error  # type: ignore[assignment]
+    with pytest.raises(type(error)):
+        engine.step()
+    assert "first" not in engine.scheduler and engine.scheduler.blocks.used_blocks == 0
+    assert drain(engine)["second"].token_ids == greedy([5, 6], 5, end=None)
 
 
 def test_stop_tokens_end_tokens_and_min_tokens() -> None:

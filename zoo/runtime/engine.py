@@ -110,10 +110,20 @@ class Engine:
     def step(self) -> list[Piece]:
         """Advance the requests by one step; a piece for each that got a token. Empty if prompts are still being computed.
 
-        If the session fails, the requests of this step are dropped, the others stay, and the error goes on.
+        If the session fails, the requests of this step end with the finish_reason "error", their blocks are free again, and
+        the others go on. A broken invariant (AssertionError) and what is no Exception (an interrupt) drop these requests too,
+        and go up.
         """
         step = self.scheduler.schedule()
-        return [] if step is None else self._postprocess(step, self._run(step))
+        if step is None:
+            return []
+        try:
+            result = self._run(step)
+        except AssertionError:
+            raise
+        except Exception as error:  # whatever a session raises: it is the end of this step's requests, not of the engine
+            return [self._failed(sequence, f"the engine failed: {error}") for sequence in step.sequences]
+        return self._postprocess(step, result)
 
     def close(self) -> None:
         """Drop all requests and close the session."""
@@ -141,9 +151,7 @@ class Engine:
     def _advance(self, row: int, sequence: Running, live: _Live, chosen: Chosen) -> Piece:
         """Give a sequence its next token, and end it if that was the last."""
         if row in chosen.errors:
-            self.abort(sequence.request_id)
-            message = f"request {sequence.request_id!r} failed after {sequence.generated} tokens: {chosen.errors[row]}"
-            return Piece(sequence.request_id, "", [], finish_reason="error", error=message)
+            return self._failed(sequence, chosen.errors[row])
         token = chosen.token_ids[row]
         sequence.append(token)
         piece = Piece(sequence.request_id, "", [token])
@@ -160,6 +168,12 @@ class Engine:
         if piece.finish_reason is not None:
             self.abort(sequence.request_id)
         return piece
+
+    def _failed(self, sequence: Running, reason: str) -> Piece:
+        """End a sequence by an error."""
+        self.abort(sequence.request_id)
+        message = f"request {sequence.request_id!r} failed after {sequence.generated} tokens: {reason}"
+        return Piece(sequence.request_id, "", [], finish_reason="error", error=message)
 
     def _add_text(self, piece: Piece, sequence: Running, live: _Live) -> None:
         assert live.text is not None
