@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,11 +20,13 @@ from ragged import Traffic
 from safetensors.numpy import load_file, save_file
 
 import zoo.resources
+from zoo.artifacts import machine
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import ArtifactError, CheckpointError, IncompatibleError, ResourceError
+from zoo.errors import ArtifactError, CheckpointError, EngineError, IncompatibleError, RequestError, ResourceError
 from zoo.runtime.abi import Batch
-from zoo.runtime.sessions import open_session
+from zoo.runtime.sessions import most_threads, open_session
+from zoo.runtime.sessions import onnxruntime as onnxruntime_session
 from zoo.runtime.sessions.onnxruntime import OrtSession
 from zoo.spec import Limits
 
@@ -183,6 +186,68 @@ def test_threads(engine: tuple[Path, EngineManifest]) -> None:
     assert OrtSession(folder, manifest).threads == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize("threads", [-1, 1_000_000, 2**70, True, "2", None])
+def test_threads_out_of_range(engine: tuple[Path, EngineManifest], threads: object) -> None:
+    with pytest.raises(RequestError, match=rf"threads is .*from 0 \(all cores\) to {most_threads()} "):
+        OrtSession(*engine, threads=threads)  # type: ignore[arg-type]
+
+
+def test_threads_of_a_larger_machine_are_cut(engine: tuple[Path, EngineManifest]) -> None:
+    folder, manifest = engine
+    manifest.spec["threads"] = 1_000_000
+    assert OrtSession(folder, manifest).threads == most_threads() <= 4 * len(os.sched_getaffinity(0))
+
+
+def test_pools_beyond_the_machine_are_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    manifest = compile_engine(folder, checkpoint, dataclasses.replace(SMALL, max_blocks=10**9))
+    before = tree(folder)
+    with pytest.raises(ResourceError, match=r"KV pools of max_blocks=1000000000 need 2048\.0 GB.*limits\.max_blocks=\d+ or less"):
+        open_session(folder, manifest)
+    assert tree(folder) == before
+
+
+def test_pools_that_are_used_in_part_may_be_large(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "engine"
+    manifest = compile_engine(folder, checkpoint, dataclasses.replace(SMALL, max_blocks=1000))
+    here = machine.Machine(1, 1_000_000)
+    monkeypatch.setattr(onnxruntime_session, "describe_machine", lambda: here)
+    with pytest.raises(ResourceError, match=r"max_blocks=1000 need 2\.0 MB and this machine has 1\.0 MB"):
+        open_session(folder, manifest, 1)
+    session, prompt = open_session(folder, manifest, 1, blocks=400), families.prompt(checkpoint, 9)
+    close_to(Traffic(Poisoned(session)).step({"a": prompt})[0], checkpoint, prompt)
+    session.close()
+
+
+def test_address_space_that_the_system_does_not_give(
+    engine: tuple[Path, EngineManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_session, "_check_pools", lambda *given: None)
+    folder, manifest = engine
+    caches = [dataclasses.replace(cache, shape=(10**12, *cache.shape[1:])) for cache in manifest.abi.caches]
+    large = dataclasses.replace(manifest, abi=dataclasses.replace(manifest.abi, caches=caches))
+    with pytest.raises(ResourceError, match=r"does not give 1024000\.0 GB for a KV pool of 1000000000000 blocks"):
+        open_session(folder, large)
+
+
+def test_failing_step_is_a_users_error_and_the_session_goes_on(
+    engine: tuple[Path, EngineManifest], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, prompt = OrtSession(*engine, threads=1), families.prompt(checkpoint, 9)
+    good = Traffic(Poisoned(session)).batch({"a": prompt})
+    builder = onnxruntime_session.INDEX_BUILDERS["work_items"]
+    with monkeypatch.context() as patch:  # ONNX Runtime itself refuses the rank
+        patch.setitem(onnxruntime_session.INDEX_BUILDERS, "work_items", lambda *given: builder(*given)[0])
+        with pytest.raises(EngineError, match=r"onnxruntime failed in a step of 9 tokens: .*rank"):
+            session.step(good)
+    with monkeypatch.context() as patch:
+        patch.setitem(onnxruntime_session.INDEX_BUILDERS, "work_items", lambda *given: np.empty((10**15, 7)))
+        with pytest.raises(ResourceError, match="not enough memory for a step of 9 tokens"):
+            session.step(good)
+    close_to(np.asarray(session.step(good).logits)[0], checkpoint, prompt)
+    session.close()
+
+
 def test_folders_of_killed_processes_are_removed(engine: tuple[Path, EngineManifest]) -> None:
     folder, manifest = engine
     for name in (".session-dead", ".session-live"):
@@ -284,7 +349,7 @@ def test_too_little_disk_is_seen_first(engine: tuple[Path, EngineManifest], monk
     folder, manifest = engine
     before = tree(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 9_000, 1_000))
-    with pytest.raises(ResourceError, match="1 kB is free"):
+    with pytest.raises(ResourceError, match=r"1\.0 kB is free"):
         open_session(folder, manifest)
     assert tree(folder) == before
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import IncompatibleError
+from zoo.errors import IncompatibleError, RequestError
 from zoo.runtime.abi import Session
 
 
-def open_session(folder: Path, manifest: EngineManifest, threads: int = 0) -> Session:
+def most_threads() -> int:
+    """How many threads an engine may be given here: 4 for each core this process may use, 1024 in all."""
+    return min(1024, 4 * len(os.sched_getaffinity(0)))
+
+
+def check_threads(threads: int) -> None:
+    """Raise RequestError for a number of threads that no session takes. 0 means all cores."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= most_threads():
+        raise RequestError(
+            f"threads is {threads!r}; it must be a whole number from 0 (all cores) to {most_threads()} (4 for each core here)"
+        )
+
+
+def open_session(folder: Path, manifest: EngineManifest, threads: int = 0, blocks: int = 0) -> Session:
     """Load the engine whose files lie in ``folder`` by their names in the artifact; digests are verified already.
 
-    ``threads`` is for CPU engines; 0 means every core this process may use. Raises IncompatibleError when this machine
+    ``threads`` is for CPU engines; 0 means every core this process may use. ``blocks``: how many blocks of the pools the
+    caller will use; 0: all. Raises RequestError for a number of threads out of range, IncompatibleError when this machine
     cannot run the engine, UnavailableError without its GPU or packages, ResourceError when memory or disk are short,
     ArtifactError when files are missing or wrong.
     """
@@ -20,7 +35,7 @@ def open_session(folder: Path, manifest: EngineManifest, threads: int = 0) -> Se
     if name == "onnxruntime":
         from zoo.runtime.sessions.onnxruntime import OrtSession
 
-        return OrtSession(folder, manifest, threads)
+        return OrtSession(folder, manifest, threads, blocks=blocks)
     if name in ("tensorrt_rtx", "tensorrt"):
         from zoo.runtime.sessions.tensorrt import TensorRtSession
 

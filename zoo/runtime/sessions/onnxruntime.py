@@ -20,17 +20,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo.artifacts.locks import Lock
+from zoo.artifacts.machine import describe_machine
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import ArtifactError, IncompatibleError, ResourceError, ZooError
-from zoo.resources import check_disk, check_memory
+from zoo.errors import ArtifactError, EngineError, IncompatibleError, ResourceError, ZooError
+from zoo.resources import check_disk, check_memory, size_text
 from zoo.runtime.abi import Batch, EngineLimits, Int32, StepResult
 from zoo.runtime.indices import INDEX_BUILDERS
+from zoo.runtime.sessions import check_threads, most_threads
 from zoo.spec import digest_of
 from zoo.weights.bind import packed_layout, write_packed
 from zoo.weights.reader import Tensors
@@ -43,20 +46,27 @@ SPARE = 300_000_000  # bytes of memory a session takes beside its weights
 class OrtSession:
     """One engine on this machine's CPU. ``threads`` 0: as the engine was built for, or every core of this process.
 
-    ``fill`` is for tests: a value that the pools start with, NaN for one; without it their contents are undefined.
-    Raises ResourceError when memory or disk are short, ArtifactError when the engine's files do not fit each other,
-    CheckpointError when the checkpoint does not fit the recipes. Nothing is left on the disk in any case.
+    ``blocks``: how many blocks of the pools steps will name; 0: all. Pools are as large as the engine was built for, but
+    a block takes memory only when it is used. ``fill`` is for tests: a value that the pools start with, NaN for one;
+    without it their contents are undefined.
+    Raises RequestError for threads out of range, ResourceError when memory or disk are short, ArtifactError when the
+    engine's files do not fit each other, CheckpointError when the checkpoint does not fit the recipes. Nothing is left on
+    the disk in any case.
     """
 
-    def __init__(self, folder: Path, manifest: EngineManifest, threads: int = 0, fill: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: EngineManifest, threads: int = 0, fill: float | None = None, blocks: int = 0
+    ) -> None:
         self.limits = _limits(manifest)
         self.vocab_size = _vocab_size(manifest)
-        self.threads = threads or int(manifest.spec.get("threads") or 0) or len(os.sched_getaffinity(0))
+        check_threads(threads)
+        self.threads = threads or _built_threads(manifest) or len(os.sched_getaffinity(0))
         self._abi = manifest.abi
         table, weights = _table(folder)
+        _check_pools(manifest, self.limits, min(blocks or self.limits.max_blocks, self.limits.max_blocks))
         check_memory(table["size"] + SPARE, f"running {manifest.model} {manifest.profile}")
-        self._session: Any = _load(folder, table, weights, self.threads)
         self._pools = {cache.name: _pool(cache.shape, fill) for cache in self._abi.caches}
+        self._session: Any = _load(folder, table, weights, self.threads)
         self._binding = self._session.io_binding()
         for name, pool in self._pools.items():
             place = ("cpu", 0, np.float32, pool.shape, pool.ctypes.data)
@@ -64,18 +74,26 @@ class OrtSession:
             self._binding.bind_output(name.replace("kv.", "kv_out."), *place)
 
     def step(self, batch: Batch) -> StepResult:
-        """Run one batch; logits [R, vocab] are a new array. R may be 0: the caches are filled and no logits are made."""
+        """Run one batch; logits [R, vocab] are a new array. R may be 0: the caches are filled and no logits are made.
+
+        Raises ResourceError when memory ran out, EngineError when ONNX Runtime failed otherwise.
+        """
         assert self._session is not None, "the session is closed"
         rows = len(batch.logit_rows)
         self._check(batch)
         binding = self._binding
-        for tensor in self._abi.inputs:
-            binding.bind_cpu_input(tensor.name, _data(batch, tensor.name))
-        for tensor in self._abi.index_inputs:
-            binding.bind_cpu_input(tensor.name, INDEX_BUILDERS[tensor.name](batch, self.limits))
-        logits = np.empty((rows, self.vocab_size), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        try:
+            for tensor in self._abi.inputs:
+                binding.bind_cpu_input(tensor.name, _data(batch, tensor.name))
+            for tensor in self._abi.index_inputs:
+                binding.bind_cpu_input(tensor.name, INDEX_BUILDERS[tensor.name](batch, self.limits))
+            logits = np.empty((rows, self.vocab_size), np.float32)
+            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._session.run_with_iobinding(binding)
+        except AssertionError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise _step_error(error, len(batch.token_ids)) from error
         return StepResult(logits=logits)
 
     def close(self) -> None:
@@ -118,9 +136,45 @@ def _vocab_size(manifest: EngineManifest) -> int:
     raise ArtifactError("engine.json: no output logits [R, vocab]; rebuild the engine")
 
 
+def _built_threads(manifest: EngineManifest) -> int:
+    """The threads that the engine was built for, as far as this machine gives them; 0: all cores."""
+    try:
+        return max(0, min(int(manifest.spec.get("threads") or 0), most_threads()))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"engine.json: threads are malformed ({error}); rebuild the engine") from None
+
+
+def _check_pools(manifest: EngineManifest, limits: EngineLimits, blocks: int) -> None:
+    """Refuse pools that this machine could never fill. They take memory as sequences grow, so what is free now counts less."""
+    memory = describe_machine().memory
+    block = sum(4 * prod(cache.shape[1:]) for cache in manifest.abi.caches)
+    if block * blocks > memory:
+        raise ResourceError(
+            f"running {manifest.model} {manifest.profile}: KV pools of max_blocks={blocks} need {size_text(block * blocks)} and "
+            f"this machine has {size_text(memory)} of memory; build it with limits.max_blocks={max(2, memory // 2 // block)} "
+            "or less, or give LLM(..., max_blocks=N) to use fewer of its blocks"
+        )
+
+
 def _pool(shape: tuple[int, ...], fill: float | None) -> np.ndarray[Any, Any]:
     """A pool takes memory when it is written to, block by block: the system gives pages on first touch."""
-    return np.empty(shape, np.float32) if fill is None else np.full(shape, fill, np.float32)
+    try:
+        return np.empty(shape, np.float32) if fill is None else np.full(shape, fill, np.float32)
+    except (MemoryError, ValueError) as error:  # ValueError: more than an array can have
+        raise ResourceError(
+            f"the system does not give {size_text(4 * prod(shape))} for a KV pool of {shape[0]} blocks ({error}); build the "
+            "engine with a smaller limits.max_blocks"
+        ) from None
+
+
+def _step_error(error: Exception, tokens: int) -> ZooError:
+    """What ONNX Runtime raised in a step, as the user may read it."""
+    if isinstance(error, MemoryError) or "alloc" in str(error):
+        return ResourceError(
+            f"not enough memory for a step of {tokens} tokens ({error}); lower max_tokens or max_sequences, or use a machine "
+            "with more"
+        )
+    return EngineError(f"onnxruntime failed in a step of {tokens} tokens: {error}")
 
 
 def _table(folder: Path) -> tuple[dict[str, Any], list[Weight]]:
