@@ -8,6 +8,7 @@ with LLM("zoo-demo") as llm:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -16,32 +17,35 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from zoo.artifacts.refs import Ref
 from zoo.artifacts.registry import Entry, Opened, Registry, default_root
-from zoo.artifacts.select import choose, describe_machine
-from zoo.errors import CheckpointError, NotFoundError, RequestError
+from zoo.artifacts.select import Needs, choose, describe_machine, why_not
+from zoo.errors import ArtifactError, CheckpointError, IncompatibleError, NotFoundError, RequestError
 from zoo.runtime.abi import EngineLimits, Session
 from zoo.runtime.engine import Engine
-from zoo.runtime.request import CompletionOutput, Piece, RequestOutput, SamplingParams
-from zoo.runtime.sessions import open_session
+from zoo.runtime.prompts import Prompt, read_params, read_prompts
+from zoo.runtime.request import SEEDS, CompletionOutput, Piece, RequestOutput, SamplingParams
+from zoo.runtime.sessions import check_threads, open_session
 from zoo.runtime.tokenizer import GenerationConfig, Tokenizer
 
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 log = logging.getLogger("zoo")
 
 
 class LLM:
     """One loaded engine.
 
-    model            a REF, or a Hugging Face folder, which is built on demand and cached in the registry
+    model            a REF, or a Hugging Face folder, which is built on demand and cached in the registry. A Path, and a text
+                     with a slash, is a folder; a bare name is the REF of a stored model if there is one, else a folder:
+                     "gqa" is the stored model, "./gqa" the folder beside it
     quant, hardware  of a folder: what to build, by default "none" and "cpu"; of a REF: only engines built for these
     registry         folder of the registry; by default the user's own
-    threads          of a CPU engine; 0: all cores
+    threads          of a CPU engine, at most 4 for each core; 0: all cores
     limits           of a folder: limits of the build (max_context=2048, max_sequences=8, ...); of a REF: lower limits than
-                     the engine's own, for scheduling
+                     the engine's own, for scheduling; with fewer max_blocks less of the KV pools is ever touched
 
     Safe to use from several threads: their requests share the engine's steps. Raises the ZooError of what is wrong.
     """
@@ -55,24 +59,21 @@ class LLM:
         threads: int = 0,
         **limits: int,
     ) -> None:
-        names = [field.name for field in dataclasses.fields(EngineLimits)]
-        if unknown := sorted(set(limits) - set(names)):
-            raise RequestError(f"LLM: unknown options {', '.join(unknown)}; limits are {', '.join(names)}")
+        _check_options(model, threads, limits)
         root = Path(registry) if registry is not None else default_root()
         store = Registry(root)
         ref: str | Entry = str(model)
-        if Path(model).is_absolute() and not (Path(model) / "config.json").is_file():
-            raise CheckpointError(f"{model}: there is no config.json; give a Hugging Face folder, or a REF: zoo list shows them")
-        if (Path(model) / "config.json").is_file():
+        if _is_folder(model, store):
             from zoo.build import build_folder
 
+            _check_hardware(hardware or "cpu")
             overrides = tuple(f"limits.{name}={value}" for name, value in limits.items())
             ref, limits = build_folder(Path(model), quant or "none", hardware or "cpu", root, overrides), {}
         elif quant or hardware:
             ref = _select(store, str(model), quant, hardware)
         opened = store.open(ref)
         try:
-            session = open_session(opened.folder, opened.manifest, threads)
+            session = open_session(opened.folder, opened.manifest, threads, limits.get("max_blocks", 0))
             try:
                 self._start(session, opened.folder / "tokenizer", limits)
             except BaseException:
@@ -135,8 +136,8 @@ class LLM:
         Raises RequestError, before anything runs, for a prompt or parameter that cannot be served. A request that fails while
         it runs has the finish_reason "error"; the others go on.
         """
-        texts, ids = self._prompts(prompts)
-        params = self._params(sampling_params, len(ids))
+        texts, ids = read_prompts(prompts, self.encode)
+        params = read_params(sampling_params, len(ids), self.default_params)
         return self._complete(texts, ids, params, use_progress)
 
     def chat(
@@ -154,7 +155,7 @@ class LLM:
         chats: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [tokenizer.render_chat(chat, **template_options) for chat in chats]
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self._complete(list(texts), ids, self._params(sampling_params, len(ids)), use_progress)
+        return self._complete(list(texts), ids, read_params(sampling_params, len(ids), self.default_params), use_progress)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
         """Continue one prompt, piece by piece: ``.text`` and ``.token_ids`` are what is new, ``.finish_reason`` comes last.
@@ -162,8 +163,8 @@ class LLM:
         The pieces' texts joined are the text that ``generate`` gives. Closing the iterator early drops the request. Raises
         RequestError at once for what cannot be served, and from the iterator if the request fails while it runs.
         """
-        _, [ids] = self._prompts([prompt])
-        [params] = self._params(sampling_params, 1)
+        _, [ids] = read_prompts([prompt], self.encode)
+        [params] = read_params(sampling_params, 1, self.default_params)
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream gives one continuation")
         self._check(ids, params)
@@ -203,7 +204,7 @@ class LLM:
             completions = [CompletionOutput(index) for index in range(wanted.n)]
             outputs.append(RequestOutput(name, prompt, tokens, completions))
             for index, completion in enumerate(completions):
-                seed = None if wanted.seed is None else int(wanted.seed) + index
+                seed = None if wanted.seed is None else (int(wanted.seed) + index) % SEEDS
                 child = name if wanted.n == 1 else f"{name}-{index}"
                 requests[child] = (tokens, dataclasses.replace(wanted, n=1, seed=seed))
                 places[child] = completion
@@ -246,7 +247,8 @@ class LLM:
             for piece in self.engine.step():
                 self._inboxes[piece.request_id].append(piece)
         except BaseException as error:
-            # The requests of that step are gone. Other callers learn it from their inboxes, this one from the error.
+            # A bug or an interrupt (what a session raises comes as pieces). The requests of that step are gone: other
+            # callers learn it from their inboxes, this one from the error.
             for name, inbox in self._inboxes.items():
                 if name not in self.engine.scheduler:
                     inbox.append(
@@ -271,43 +273,6 @@ class LLM:
         with self._lock:
             self._count += 1
             return str(self._count - 1)
-
-    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None or isinstance(given, SamplingParams):
-            return [given or self.default_params()] * count
-        if len(given) != count:
-            raise RequestError(f"{count} prompts, but {len(given)} sampling_params; give one for all or one each")
-        return list(given)
-
-    def _prompts(self, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-        """Texts (None where token ids were given) and token ids."""
-        if not isinstance(prompts, str | Mapping | Sequence | np.ndarray):
-            raise RequestError(f"prompts are {prompts!r}; give a text, token ids, or a list of them")
-        if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            prompts = [prompts]
-        if not len(prompts):
-            raise RequestError("there is no prompt: give a text, token ids, or a list of them")
-        pairs = [self._prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return [text for text, _ in pairs], [ids for _, ids in pairs]
-
-    def _prompt(self, index: int, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            given = prompt.get("prompt_token_ids")
-            prompt = prompt.get("prompt") if given is None else given
-        if isinstance(prompt, str):
-            ids = self.encode(prompt) if prompt else []
-            if not ids:
-                raise RequestError(f"prompt {index} is empty: give some text, or token ids")
-            return prompt, ids
-        if not isinstance(prompt, Iterable):
-            raise RequestError(f"prompt {index} is {prompt!r}; it must be a text or a list of token ids")
-        tokens = list(prompt)
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise RequestError(f"prompt {index} has {token!r}; token ids are whole numbers")
-        if not tokens:
-            raise RequestError(f"prompt {index} is empty: give at least one token id")
-        return None, [int(token) for token in tokens]
 
 
 def _extend(completion: CompletionOutput, piece: Piece) -> None:
@@ -335,6 +300,47 @@ def _with_progress(pieces: Iterable[Piece], requests: int) -> Iterator[Piece]:
         yield piece
         if piece.finished:
             next(shown, None)
+
+
+def _check_options(model: object, threads: int, limits: Mapping[str, object]) -> None:
+    """Raise RequestError for arguments that cannot mean anything, before a file is read."""
+    if not isinstance(model, str | Path) or not str(model):
+        raise RequestError(f"LLM: the model is {model!r}; give a REF (zoo list shows them) or a Hugging Face folder")
+    names = [field.name for field in dataclasses.fields(EngineLimits)]
+    if unknown := sorted(set(limits) - set(names)):
+        raise RequestError(f"LLM: unknown options {', '.join(unknown)}; limits are {', '.join(names)}")
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise RequestError(f"LLM: {name} is {value!r}; it must be a whole number")
+    check_threads(threads)
+
+
+def _is_folder(model: str | Path, store: Registry) -> bool:
+    """Whether a folder is meant, one with a config.json; else a REF. CheckpointError for a folder without a model."""
+    folder = Path(model)
+    named = isinstance(model, Path) or folder.is_absolute() or "/" in model
+    if not named:
+        with contextlib.suppress(ArtifactError):
+            if store.layout(Ref.parse(str(model)).model).exists():
+                return False
+    if (folder / "config.json").is_file():
+        return True
+    if named or folder.is_dir():
+        what = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{model}: {what}; give a Hugging Face folder, or the REF of a stored model: zoo list shows them")
+    return False
+
+
+def _check_hardware(name: str) -> None:
+    """Raise IncompatibleError before a folder is built for hardware that this machine could not run it on."""
+    from zoo.config import hardware_specs
+
+    for spec in hardware_specs():
+        if spec.name == name and (reason := why_not(Needs(spec.kind, spec.sm), describe_machine())):
+            raise IncompatibleError(
+                f"an engine for hardware {name!r} cannot run here: {reason}. To build it for another machine, `zoo add` the "
+                f"folder and run `zoo engines models=NAME hardware={name}`"
+            )
 
 
 def _select(store: Registry, ref: str, quant: str | None, hardware: str | None) -> Entry:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, greedy, limits, params
 
+import zoo.llm
 from zoo import LLM, SamplingParams
-from zoo.errors import CheckpointError, RequestError
+from zoo.artifacts.machine import Machine
+from zoo.errors import CheckpointError, IncompatibleError, NotFoundError, RequestError
 
 VOCAB = 262
 CHAT = (
@@ -278,13 +280,34 @@ def test_nan_fails_one_output_and_raises_from_a_stream(llm: LLM, session: FakeSe
         list(llm.stream([5], params(max_tokens=6, ignore_eos=True)))
 
 
-def test_failing_engine_reaches_every_caller(llm: LLM, session: FakeSession) -> None:
+def test_failing_step_is_an_error_output_of_its_requests(llm: LLM, session: FakeSession) -> None:
     waiting = llm.stream([5], params(max_tokens=20, ignore_eos=True))
     next(waiting)
     session.fail_next = RuntimeError("power cut")
-    with pytest.raises(RuntimeError, match="power cut"):
-        llm.generate([[6]], params())
+    [failed] = llm.generate([[6]], params())
+    assert failed.finished and failed.outputs[0].finish_reason == "error" and failed.outputs[0].token_ids == []
+    assert "the engine failed: power cut" in str(failed.outputs[0].error)
     with pytest.raises(RequestError, match="power cut"):
+        list(waiting)
+    assert llm.generate([[6]], params(max_tokens=2))[0].outputs[0].token_ids == expected([6], 2)
+
+
+def test_requests_outside_the_failed_step_go_on(folder: Path) -> None:
+    session = FakeSession(limits(max_sequences=1, max_rows=1), VOCAB, end_bias=0)
+    session.fail_next = RuntimeError("power cut")
+    with LLM.from_session(session, folder) as llm:
+        first, second = llm.generate([[5], [6]], params(max_tokens=3, ignore_eos=True))
+    assert first.outputs[0].finish_reason == "error"
+    assert second.outputs[0].token_ids == greedy([6], 3, VOCAB, 0, None)
+
+
+def test_interrupt_reaches_every_caller(llm: LLM, session: FakeSession) -> None:
+    waiting = llm.stream([5], params(max_tokens=20, ignore_eos=True))
+    next(waiting)
+    session.fail_next = KeyboardInterrupt("now")  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[6]], params())
+    with pytest.raises(RequestError, match="the engine failed: now"):
         list(waiting)
     assert llm.generate([[6]], params(max_tokens=2))[0].outputs[0].token_ids == expected([6], 2)
 
@@ -301,9 +324,58 @@ def test_closed_is_closed(session: FakeSession) -> None:
             attempt()
 
 
-def test_folder_without_a_model_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        LLM(tmp_path)
+def test_seeds_wrap_around(llm: LLM) -> None:
+    [two] = llm.generate([[5]], params(temperature=1.0, n=2, seed=2**64 - 1, max_tokens=8))
+    [zero] = llm.generate([[5]], params(temperature=1.0, seed=0, max_tokens=8))
+    assert two.outputs[1].token_ids == zero.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 1}, [None], [{"max_tokens": 1}], "greedy", 5])
+def test_parameters_of_another_type_are_refused(llm: LLM, given: Any) -> None:
+    with pytest.raises(RequestError, match=r"sampling_params(\[0\])? (is|are) .*SamplingParams"):
+        llm.generate([5, 6], given)
+    with pytest.raises(RequestError, match="SamplingParams"):
+        llm.stream([5, 6], given)
+
+
+def test_folder_without_a_model_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    registry = tmp_path / "registry"
+    for model in (tmp_path, tmp_path / "Empty", "Empty", "./Empty", Path("Empty"), "."):
+        with pytest.raises(CheckpointError, match=r"this folder has no config\.json"):
+            LLM(model, registry=registry)
+    for model in ("./other", Path("other"), str(tmp_path / "other")):
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            LLM(model, registry=registry)
+    with pytest.raises(NotFoundError, match="no model 'other'"):
+        LLM("other", registry=registry)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"gqa", "", ["gqa"]])
+def test_models_of_another_type_are_refused(model: Any) -> None:
+    with pytest.raises(RequestError, match=r"the model is .*give a REF"):
+        LLM(model)
+
+
+@pytest.mark.parametrize("threads", [-1, 1_000_000, "x", None, 1.0, True])
+def test_threads_out_of_range_are_refused_first(threads: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"threads is .*from 0 \(all cores\)"):
+        LLM(tmp_path, threads=threads)
+
+
+@pytest.mark.parametrize("value", ["9", None, 1.5, True])
+def test_limits_of_another_type_are_refused(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"max_blocks is .* must be a whole number"):
+        LLM("zoo-demo", max_blocks=value)
+
+
+def test_folder_for_hardware_that_is_not_here_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("not even looked at")
+    monkeypatch.setattr(zoo.llm, "describe_machine", lambda: Machine(2, 1 << 34))
+    with pytest.raises(IncompatibleError, match=r"'l40s' cannot run here: .*no GPU.*zoo engines models=NAME hardware=l40s"):
+        LLM(tmp_path, hardware="l40s", registry=tmp_path / "registry")
+    assert not (tmp_path / "registry").exists()
 
 
 def test_unknown_options_are_refused() -> None:

@@ -100,6 +100,25 @@ def test_refs_name_the_engine_again(small: LLM, checkpoint: Path, registry: Path
         LLM(model, registry=registry, max_context=128)
 
 
+def test_bare_name_is_the_stored_model_before_a_folder_of_that_name(
+    small: LLM, checkpoint: Path, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small.ref.partition(":")[0]
+    other = families.make_checkpoint(tmp_path, "gpt2")
+    (tmp_path / model).symlink_to(other)
+    monkeypatch.chdir(tmp_path)
+    limits = {"max_context": 32, "max_sequences": 1}
+    with LLM(model, registry=registry, threads=1) as llm:
+        assert llm.ref == small.ref
+    elsewhere = tmp_path / "registry"
+    with LLM(model, registry=elsewhere, threads=1, **limits) as llm:  # not stored there: the folder
+        built = llm.ref
+        assert built != small.ref and built.startswith(f"{model}:")
+    for folder in (f"./{model}", Path(model)):
+        with LLM(folder, registry=elsewhere, threads=1, **limits) as llm:
+            assert llm.ref == built
+
+
 def test_folder_that_was_built_is_not_built_again(small: LLM, checkpoint: Path, registry: Path) -> None:
     before = [row["digest"] for row in Registry(registry).rows()]
     limits = {"max_context": 64, "max_sequences": 6, "max_tokens": 16, "block_size": 4, "max_blocks": 22}
