@@ -23,8 +23,8 @@ import numpy as np
 
 from zoo.artifacts.refs import Ref
 from zoo.artifacts.registry import Entry, Opened, Registry, default_root
-from zoo.artifacts.select import Needs, choose, describe_machine, why_not
-from zoo.errors import ArtifactError, CheckpointError, IncompatibleError, NotFoundError, RequestError
+from zoo.artifacts.select import choose, describe_machine
+from zoo.errors import ArtifactError, CheckpointError, NotFoundError, RequestError
 from zoo.runtime.abi import EngineLimits, Session
 from zoo.runtime.engine import Engine
 from zoo.runtime.prompts import Prompt, read_params, read_prompts
@@ -66,7 +66,6 @@ class LLM:
         if _is_folder(model, store):
             from zoo.build import build_folder
 
-            _check_hardware(hardware or "cpu")
             overrides = tuple(f"limits.{name}={value}" for name, value in limits.items())
             ref, limits = build_folder(Path(model), quant or "none", hardware or "cpu", root, overrides), {}
         elif quant or hardware:
@@ -329,18 +328,6 @@ def _is_folder(model: str | Path, store: Registry) -> bool:
         what = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"{model}: {what}; give a Hugging Face folder, or the REF of a stored model: zoo list shows them")
     return False
-
-
-def _check_hardware(name: str) -> None:
-    """Raise IncompatibleError before a folder is built for hardware that this machine could not run it on."""
-    from zoo.config import hardware_specs
-
-    for spec in hardware_specs():
-        if spec.name == name and (reason := why_not(Needs(spec.kind, spec.sm), describe_machine())):
-            raise IncompatibleError(
-                f"an engine for hardware {name!r} cannot run here: {reason}. To build it for another machine, `zoo add` the "
-                f"folder and run `zoo engines models=NAME hardware={name}`"
-            )
 
 
 def _select(store: Registry, ref: str, quant: str | None, hardware: str | None) -> Entry:

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, greedy, limits, params
 
-import zoo.llm
 from zoo import LLM, SamplingParams
-from zoo.artifacts.machine import Machine
-from zoo.errors import CheckpointError, IncompatibleError, NotFoundError, RequestError
+from zoo.errors import CheckpointError, NotFoundError, RequestError
 
 VOCAB = 262
 CHAT = (
@@ -368,14 +366,6 @@ def test_threads_out_of_range_are_refused_first(threads: Any, tmp_path: Path) ->
 def test_limits_of_another_type_are_refused(value: Any) -> None:
     with pytest.raises(RequestError, match=r"max_blocks is .* must be a whole number"):
         LLM("zoo-demo", max_blocks=value)
-
-
-def test_folder_for_hardware_that_is_not_here_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("not even looked at")
-    monkeypatch.setattr(zoo.llm, "describe_machine", lambda: Machine(2, 1 << 34))
-    with pytest.raises(IncompatibleError, match=r"'l40s' cannot run here: .*no GPU.*zoo engines models=NAME hardware=l40s"):
-        LLM(tmp_path, hardware="l40s", registry=tmp_path / "registry")
-    assert not (tmp_path / "registry").exists()
 
 
 def test_unknown_options_are_refused() -> None:
