@@ -8,6 +8,7 @@ ROOT/zoo-demo/
   .zoo/partial/<hex>                     an interrupted download, to be resumed
   .zoo/open/<hex of the manifest>/       the files of an opened engine by name
   .zoo/bad/<hex>                         an empty marker: this blob failed verification, replace it when it is stored again
+  .zoo/removed                           the last index of a model that was removed as a whole: all its blobs are garbage
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.artifacts.locks import Lock, replace_file
+from zoo.artifacts.locks import Lock, replace_file, sync_folder
 from zoo.artifacts.refs import LATEST, is_digest, is_tag
 from zoo.errors import ArtifactError, DigestError, NotFoundError
 from zoo.spec import canonical
@@ -215,7 +216,39 @@ class Layout:
         return self.folder.name
 
     def exists(self) -> bool:
-        return (self.folder / "index.json").is_file() and (self.folder / "oci-layout").is_file()
+        try:
+            return (self.folder / "index.json").is_file() and (self.folder / "oci-layout").is_file()
+        except OSError:  # a folder that may not be entered; ``damage`` says so
+            return False
+
+    @property
+    def removed(self) -> Path:
+        return self.private / "removed"
+
+    def damage(self) -> str:
+        """What keeps the folder from being a layout, "" for nothing. A removed model and an empty folder are not damaged."""
+        try:
+            if (self.folder / "index.json").is_file():
+                return "" if (self.folder / "oci-layout").is_file() else "its oci-layout is missing"
+            if not self.removed.exists() and any(self.iterate_blobs()):
+                return "its index.json is missing"
+        except OSError as error:
+            return f"{self.folder} cannot be read: {error.strerror}"
+        return ""
+
+    def drop(self) -> None:
+        """Remove the model, under the lock: one rename, which a full disk allows and a damaged index does not hinder."""
+        self.private.mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "index.json").replace(self.removed)
+        except FileNotFoundError:
+            self.removed.touch()
+        sync_folder(self.folder)
+
+    @property
+    def advice(self) -> str:
+        """What to do about a layout that cannot be used."""
+        return f"`zoo rm {self.model}` and `zoo gc` take it away, then build or pull it again"
 
     def lock(self) -> Lock:
         """The lock under which blobs enter and leave and the index changes. Readers take none."""
@@ -228,6 +261,7 @@ class Layout:
             replace_file(self.folder / "oci-layout", canonical(LAYOUT_VERSION))
         if not (self.folder / "index.json").exists():
             replace_file(self.folder / "index.json", canonical(index_json([])))
+        self.removed.unlink(missing_ok=True)
 
     def blob(self, digest: str) -> Path:
         assert is_digest(digest), digest
@@ -251,16 +285,22 @@ class Layout:
                 data = file.read(DOCUMENT_LIMIT + 1)
         except FileNotFoundError:
             raise NotFoundError(f"{path}: no such registry entry; `zoo list` shows what is stored") from None
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}; {self.advice}") from None
         if len(data) > DOCUMENT_LIMIT:
-            raise ArtifactError(f"{path}: larger than {DOCUMENT_LIMIT} bytes")
+            raise ArtifactError(f"{path}: larger than {DOCUMENT_LIMIT} bytes; {self.advice}")
         return data
 
     def tags(self, data: bytes | None = None) -> dict[str, Descriptor]:
         """Tag -> version index, in the order of publication: the newest last. ``latest`` is among them."""
         where = str(self.folder / "index.json")
-        document = parse_json(self.index_bytes() if data is None else data, where)
+        data = self.index_bytes() if data is None else data
+        try:
+            descriptors = index_descriptors(parse_json(data, where), where)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; {self.advice}") from None
         found = {}
-        for one in index_descriptors(document, where):
+        for one in descriptors:
             tag = one.annotations.get(REF_NAME, "")
             if is_tag(tag):
                 found[tag] = one
@@ -275,6 +315,8 @@ class Layout:
                 data = file.read(blob.size + 1)
         except FileNotFoundError:
             raise NotFoundError(f"{where}: blob {blob.digest} is missing from {self.blobs}") from None
+        except OSError as error:
+            raise ArtifactError(f"{where}: blob {blob.digest} cannot be read: {error.strerror}") from None
         check_bytes(data, blob, where)
         return parse_json(data, where)
 

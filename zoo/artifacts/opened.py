@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from zoo.artifacts.copying import hash_file
 from zoo.artifacts.entries import Entry
-from zoo.artifacts.layout import Descriptor, Layout
+from zoo.artifacts.layout import WEIGHT, Descriptor, Layout
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import EngineManifest
-from zoo.artifacts.staging import disk_errors
+from zoo.artifacts.staging import READ_ONLY, disk_errors
 from zoo.errors import ArtifactError, DigestError, NotFoundError
 
 HASH_THREADS = 2
+PREFIX = ".zoo-open-"
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,19 @@ class Problem:
 class Opened:
     """An engine's files by name, verified. ``folder`` stays until ``close`` (or the end of the process), then ``zoo gc`` may
     remove it. Files that are not the artifact's own may be written there, as a cache; the artifact's are read-only links.
+    The folder of an engine in a registry that may not be written is a temporary one, which goes on ``close``.
     """
 
     folder: Path
     manifest: EngineManifest
     entry: Entry
     _lock: Lock = field(repr=False)
+    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def close(self) -> None:
-        """Let ``zoo gc`` have the folder. Calling it twice is allowed."""
+        """Let ``zoo gc`` have the folder, or remove a temporary one. Calling it twice is allowed."""
+        if self._temporary:
+            self._temporary.cleanup()
         self._lock.release()
 
     def __enter__(self) -> Opened:
@@ -114,21 +122,71 @@ def open_engine(entry: Entry) -> Opened:
             "; ".join(map(str, problems)) + f". Nothing was loaded; `zoo rm {entry.ref}`, then build or pull it again"
         )
     manifest = entry.manifest
+    try:
+        with disk_errors(f"opening {entry.ref}", entry.layout.private):
+            try:
+                return _open_inside(entry, manifest)
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+        with disk_errors(f"opening {entry.ref}", Path(tempfile.gettempdir())):
+            return _open_outside(entry, manifest)
+    except FileNotFoundError:
+        raise NotFoundError(f"{entry.ref}: was removed while it was opened; build or pull it again") from None
+
+
+def _open_inside(entry: Entry, manifest: EngineManifest) -> Opened:
+    """Lay the files out in the registry, as hard links."""
     root = entry.layout.private / "open"
     folder = root / entry.digest.removeprefix("sha256:")
     lock = Lock(root / f"{folder.name}.lock")
     try:
-        with disk_errors(f"opening {entry.ref}", root):
-            lock.acquire(shared=True)
-            for name, blob in entry.image.files.items():
-                _place(entry.layout.blob(blob.digest), folder / name, blob)
-    except FileNotFoundError:
-        lock.release()
-        raise NotFoundError(f"{entry.ref}: was removed while it was opened; build or pull it again") from None
+        lock.acquire(shared=True)
+        for name, blob in entry.image.files.items():
+            _place(entry.layout.blob(blob.digest), folder / name, blob)
     except BaseException:
         lock.release()
         raise
     return Opened(folder, manifest, entry, lock)
+
+
+def _open_outside(entry: Entry, manifest: EngineManifest) -> Opened:
+    """Lay the files out among temporary files: weights and plans as links by name, the small rest as verified copies.
+
+    The rest is copied since ONNX Runtime takes no external data through a link that leads out of the model's folder.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    lock = Lock(Path(temporary.name) / "lock")
+    try:
+        lock.acquire()
+        folder = Path(temporary.name) / "files"
+        for name, blob in entry.image.files.items():
+            source, target = entry.layout.blob(blob.digest).resolve(strict=True), folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if blob.media_type == WEIGHT:
+                target.symlink_to(source)
+                continue
+            shutil.copyfile(source, target)
+            if (found := hash_file(target)) != blob.digest:
+                raise DigestError(f"{name}: the copy of blob {blob.digest} gives {found}; is the disk sound?")
+    except BaseException:
+        temporary.cleanup()
+        lock.release()
+        raise
+    return Opened(folder, manifest, entry, lock, temporary)
+
+
+def _sweep(root: Path) -> None:
+    """Remove temporary folders of our own whose process was killed: their locks are free."""
+    for folder in root.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.lstat().st_uid != os.getuid() or not (folder / "lock").exists():
+                continue
+            stale = Lock(folder / "lock")
+            if stale.acquire(wait=False):
+                with stale:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(blob_path: Path, target: Path, blob: Descriptor) -> None:

@@ -177,14 +177,10 @@ def present_profiles(layout: Layout, version: str) -> list[Descriptor]:
         raise type(error)(f"{error}; `zoo rm {layout.model}:{version}`, then build or pull its profiles again") from None
 
 
-def write_version(layout: Layout, staging: Staging, version: str, profiles: list[Descriptor], promote: bool = True) -> None:
-    """Replace a version's profiles, under the layout's lock; none: the version goes. ``promote``: it becomes the latest."""
-    tags = [(tag, one) for tag, one in layout.tags().items() if tag != LATEST]
-    place = next((i for i, (tag, _) in enumerate(tags) if tag == version), len(tags))
-    rows = [row for row in tags if row[0] != version]
-    if profiles:
-        data, descriptor = version_index(profiles)
-        staging.add_bytes(data)
-        staging.move_in()
-        rows.insert(len(rows) if promote else place, (version, descriptor))
-    layout.write_tags(rows)
+def write_version(layout: Layout, staging: Staging, version: str, profiles: list[Descriptor]) -> None:
+    """Replace a version's profiles and make it the latest, under the layout's lock, with all that is staged."""
+    rows = [(tag, one) for tag, one in layout.tags().items() if tag not in (LATEST, version)]
+    data, descriptor = version_index(profiles)
+    staging.add_bytes(data)
+    staging.move_in()
+    layout.write_tags([*rows, (version, descriptor)])

@@ -8,6 +8,7 @@ swept away by the next store or by ``gc``.
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from zoo.artifacts.manifest import Engine
 from zoo.artifacts.opened import Opened, Problem, check_engine, open_engine
 from zoo.artifacts.publish import intact, merge, present_profiles, publish, stage_documents, write_version
 from zoo.artifacts.refs import LATEST, Ref, is_digest, is_model, is_profile, is_tag, may_abbreviate
+from zoo.artifacts.removal import take_out
 from zoo.artifacts.select import Machine, check_compatible, choose, describe_machine
-from zoo.artifacts.staging import Staging, disk_errors, remove_tree
-from zoo.errors import ArtifactError, NotFoundError
+from zoo.artifacts.staging import FULL, Staging, disk_errors, remove_tree
+from zoo.errors import ArtifactError, NotFoundError, ZooError
 from zoo.resources import check_disk
 from zoo.spec import digest_of
 
@@ -33,6 +35,8 @@ __all__ = ["Entry", "Opened", "Problem", "Registry", "default_root"]
 
 WORK_PREFIX = ".build-"
 LOCKS = ".locks"
+
+log = logging.getLogger("zoo")
 
 
 def default_root() -> Path:
@@ -59,17 +63,16 @@ class Registry:
 
     def models(self) -> list[str]:
         """The models that have a layout here."""
-        if not self.root.is_dir():
-            return []
-        return sorted(path.name for path in self.root.iterdir() if is_model(path.name) and Layout(path).exists())
+        return [path.name for path in self._folders() if Layout(path).exists()]
 
     def entries(self, ref: str = "") -> list[Entry]:
         """Every engine that a REF names (a model, a version, a profile or a digest); all engines without one.
 
         The newest version of a model comes last, and of one profile the newest build. NotFoundError when there is none.
+        Without a REF a model or version that cannot be read is left out with a warning, for the others are sound.
         """
         if not ref:
-            return [entry for model in self.models() for entry in self._read(model)]
+            return [entry for path in self._folders() for entry in self._readable(path.name)]
         wanted = Ref.parse(ref)
         every = not wanted.version and (wanted.digest or not wanted.profile)
         found = self._read(wanted.model, "" if every else self.version(wanted))
@@ -92,8 +95,32 @@ class Registry:
                 entries.append(Entry.read(layout, tag, one, current))
         return entries
 
+    def _readable(self, model: str) -> list[Entry]:
+        """A model's engines, but for the versions that cannot be read: each is a warning that says what to do."""
+        layout = self.layout(model)
+        try:
+            return self._read(model) if layout.exists() or layout.damage() else []
+        except ArtifactError as error:
+            if not layout.exists() and not layout.damage():
+                return []  # removed meanwhile
+            try:
+                tags = [tag for tag in layout.tags() if tag != LATEST] if layout.exists() else []
+            except ArtifactError:
+                tags = []
+            if not tags:
+                log.warning("model %s is left out: %s", model, error)
+        entries = []
+        for tag in tags:
+            try:
+                entries += self._read(model, tag)
+            except ArtifactError as error:
+                log.warning("%s:%s is left out: %s; `zoo rm %s:%s`, then build or pull it again", model, tag, error, model, tag)
+        return entries
+
     def _existing(self, model: str) -> Layout:
         layout = self.layout(model)
+        if damage := layout.damage():
+            raise ArtifactError(f"model {model!r} in {self.root}: {damage}; {layout.advice}")
         if not layout.exists():
             have = ", ".join(self.models()) or "nothing yet"
             raise NotFoundError(f"no model {model!r} in {self.root} (stored: {have}); build it: zoo engines models={model}")
@@ -160,15 +187,12 @@ class Registry:
             manifest = replace(manifest, created=now)
         layout = self.layout(manifest.model)
         expected = {one["name"]: one["digest"] for one in manifest.weights.get("files", ()) if one.get("digest")}
-        with disk_errors(f"storing {where}", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with Staging(layout, owned=(self.root,)) as staging:
-                check_disk(self._bytes_to_write(engine, layout, expected), self.root, f"storing {where}")
-                files = {
-                    name: staging.add_file(path, expected.get(name, ""), name) for name, path in sorted(engine.files.items())
-                }
-                descriptor = stage_documents(staging, manifest, files)
-                kept = publish(layout, staging, manifest.version, [descriptor])[0]
+        self.create()
+        with disk_errors(f"storing {where}", self.root), Staging(layout, owned=(self.root,)) as staging:
+            check_disk(self._bytes_to_write(engine, layout, expected), self.root, f"storing {where}")
+            files = {name: staging.add_file(path, expected.get(name, ""), name) for name, path in sorted(engine.files.items())}
+            descriptor = stage_documents(staging, manifest, files)
+            kept = publish(layout, staging, manifest.version, [descriptor])[0]
         return Entry.read(layout, manifest.version, kept)
 
     def _bytes_to_write(self, engine: Engine, layout: Layout, expected: dict[str, str]) -> int:
@@ -184,7 +208,7 @@ class Registry:
     def promote(self, entry: Entry) -> None:
         """Make an engine what its profile's name and ``latest`` mean, as if it had been stored just now."""
         layout = entry.layout
-        with Staging(layout) as staging, layout.lock():
+        with disk_errors(f"promoting {entry.ref}", self.root), Staging(layout) as staging, layout.lock():
             profiles = present_profiles(layout, entry.version)
             if entry.digest not in {one.digest for one in profiles}:
                 raise NotFoundError(f"{entry.ref}: was removed meanwhile; build it again")
@@ -211,32 +235,53 @@ class Registry:
     def remove(self, ref: str) -> list[str]:
         """Take what a REF names out of the index: a model, a version, a profile with all its builds, or one digest.
 
-        A version whose index cannot be read any more can be removed too. Returns the REFs removed; ``gc`` frees the disk.
+        A version whose index cannot be read any more can be removed too, and a model of which nothing can be read. Returns
+        the REFs removed; ``gc`` frees the disk. Works on a full disk (see removal.py); ResourceError when even that has no way.
         """
         wanted = Ref.parse(ref)
-        layout = self._existing(wanted.model)
-        removed = []
-        with Staging(layout) as staging, layout.lock():
+        layout = self.layout(wanted.model)
+        whole = not wanted.version and not wanted.profile and not wanted.digest
+        if not (whole and layout.damage()):
+            self._existing(wanted.model)
+        with disk_errors(f"removing {ref}", layout.folder, removing=True), layout.lock():
+            if whole:
+                try:
+                    versions = [f"{wanted.model}:{tag}" for tag in layout.tags() if tag != LATEST]
+                except ArtifactError:
+                    versions = []
+                layout.drop()
+                return versions or [wanted.model]
             if not wanted.profile and not wanted.digest:
-                every = [tag for tag in layout.tags() if tag != LATEST]
-                versions = [self.version(wanted)] if wanted.version else every
-                for version in versions:
-                    write_version(layout, staging, version, [], promote=False)
-                return [f"{wanted.model}:{version}" for version in versions]
+                version = self.version(wanted)
+                take_out(layout, {version: []})
+                return [f"{wanted.model}:{version}"]
             gone = self.entries(ref)
-            for version in dict.fromkeys(entry.version for entry in gone):
-                digests = {entry.digest for entry in gone if entry.version == version}
-                left = [one for one in layout.profiles(layout.tags()[version], version) if one.digest not in digests]
-                write_version(layout, staging, version, left, promote=False)
-                removed += [entry.ref for entry in gone if entry.version == version]
-        return removed
+            digests = {(entry.version, entry.digest) for entry in gone}
+            left = {
+                version: [one for one in profiles if (version, one.digest) not in digests]
+                for version, profiles in layout.versions()
+                if version in {entry.version for entry in gone}
+            }
+            take_out(layout, left)
+        return [entry.ref for entry in gone]
 
     def verify(self, ref: str | None = "") -> list[Problem]:
-        """Read every blob of what a REF names, or of everything. Returns all that is wrong; empty means sound."""
+        """Read every blob of what a REF names, or of everything. Returns all that is wrong; empty means sound.
+
+        NotFoundError when the registry's folder does not exist, unless it is the user's own and nothing was stored yet.
+        """
         if ref:
             return [problem for entry in self.entries(ref) for problem in check_engine(entry)]
         problems = []
-        for model in self.models():
+        folders = self._folders()
+        if not self.root.exists() and self.root != default_root():
+            raise NotFoundError(f"registry {self.root}: no such folder; nothing was verified. Check --registry and ZOO_HOME")
+        for model in (path.name for path in folders):
+            if damage := self.layout(model).damage():
+                problems.append(Problem(model, "layout", "(none)", f"cannot be used: {damage}; {self.layout(model).advice}"))
+                continue
+            if not self.layout(model).exists():
+                continue
             try:
                 tags = [tag for tag in self.layout(model).tags() if tag != LATEST]
             except ArtifactError as error:
@@ -257,25 +302,74 @@ class Registry:
 
     def gc(self) -> int:
         """Delete what nothing refers to and nothing uses: blobs, leftovers of killed processes, opened folders, partial
-        downloads. Safe beside any other process. Returns the bytes freed."""
-        freed = sum(collect(Layout(path)) for path in self._folders())
-        builders = Lock(self.root / LOCKS / "builders")
-        if self.root.is_dir() and builders.acquire(wait=False):
-            with builders:
-                for path in [*self.root.glob(f"{WORK_PREFIX}*"), *(self.root / LOCKS).glob("build-*")]:
-                    freed += remove_tree(path)
+        downloads. Safe beside any other process. Returns the bytes freed.
+
+        A model that cannot be collected is a warning and does not hinder the others; when nothing could be freed because of
+        it, its error is raised.
+        """
+        freed = 0
+        failed: list[ZooError] = []
+        for path in self._folders():
+            try:
+                freed += collect(Layout(path))
+            except ZooError as error:
+                failed.append(error)
+        with disk_errors(f"collecting {self.root}", self.root, removing=True):
+            freed += self._collect_builds()
+        if failed and not freed:
+            raise failed[0]
+        for error in failed:
+            log.warning("%s", error)
         return freed
 
+    def _collect_builds(self) -> int:
+        """Remove the work folders and locks of builds, when no build runs."""
+        left = [*self.root.glob(f"{WORK_PREFIX}*"), *(self.root / LOCKS).glob("build-*")]
+        builders = Lock(self.root / LOCKS / "builders")
+        if not left or not builders.acquire(wait=False):
+            return 0
+        with builders:
+            return sum(remove_tree(path) for path in left)
+
     def _folders(self) -> list[Path]:
-        return [path for path in self.root.iterdir() if is_model(path.name) and path.is_dir()] if self.root.is_dir() else []
+        """Folders named as models, in order; none without a registry. ArtifactError where there cannot be one."""
+        try:
+            return sorted(path for path in self.root.iterdir() if is_model(path.name) and path.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"registry {self.root}: {error.strerror}; give a folder of your own with --registry, or set ZOO_HOME to one"
+        )
+
+    def create(self) -> None:
+        """Make the registry's folder. ArtifactError, or ResourceError on a full disk, where there cannot be one."""
+        with disk_errors(f"making the registry {self.root}", self.root):
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                raise self._unusable(error) from None
 
     @contextmanager
     def building(self, build: str) -> Iterator[None]:
         """Hold the right to build one engine; a second builder of it waits here. Dropped when the process dies."""
         assert is_digest(build), build
+        self.create()
         builders = Lock(self.root / LOCKS / "builders")
-        builders.acquire(shared=True)
-        with builders, Lock(self.root / LOCKS / f"build-{build.removeprefix('sha256:')}") as lock:
+        lock = Lock(self.root / LOCKS / f"build-{build.removeprefix('sha256:')}")
+        with disk_errors("building an engine", self.root):
+            builders.acquire(shared=True)
+            try:
+                lock.acquire()
+            except BaseException:
+                builders.release()
+                raise
+        with builders, lock:
             try:
                 yield
             finally:

@@ -30,18 +30,26 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
-def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn a full disk into a ResourceError, a folder that may not be written into an ArtifactError, each with what to do."""
+def disk_errors(what: str, folder: Path, removing: bool = False) -> Iterator[None]:
+    """Turn a full disk into a ResourceError, a folder that may not be written into an ArtifactError, each with what to do.
+
+    ``removing``: the work would free space, so that the advice is another.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in READ_ONLY:
             raise ArtifactError(
                 f"{what}: {folder} may not be written ({error.strerror}); "
-                "set ZOO_HOME to a folder of your own and build or pull there"
+                + ("nothing was removed" if removing else "set ZOO_HOME to a folder of your own and build or pull there")
             ) from None
         if error.errno not in FULL:
             raise
+        if removing:
+            raise ResourceError(
+                f"{what}: {error.strerror or 'no space'} at {folder}, not even for a smaller index; all other engines are whole. "
+                "Removing a model as a whole (`zoo rm MODEL`) writes nothing; else free a few kilobytes and run it again"
+            ) from None
         raise ResourceError(
             f"{what}: {error.strerror or 'no space'} at {folder}; nothing was stored. Free some space (`zoo gc` removes what "
             "nothing refers to) or set ZOO_HOME to another disk, then run it again"
@@ -174,9 +182,10 @@ def sweep(root: Path) -> int:
     freed = 0
     for folder in root.iterdir() if root.is_dir() else ():
         lock = Lock(folder / ".lock")
-        if lock.acquire(wait=False):
-            freed += remove_tree(folder)
-            lock.release()
+        with suppress(OSError):  # a folder without a lock file, on a disk too full to make one: another time
+            if lock.acquire(wait=False):
+                freed += remove_tree(folder)
+                lock.release()
     return freed
 
 

@@ -57,7 +57,7 @@ def pull(
     layout = registry.layout(address.ref.model)
     with Client(address) as client, disk_errors(f"pulling {address}", registry.root):
         entries = _wanted(client, layout, everything, machine)
-        registry.root.mkdir(parents=True, exist_ok=True)
+        registry.create()
         with Staging(layout) as staging:
             images = [(entry, _documents(client, staging, entry)) for entry in entries]
             blobs = {blob.digest: (name, blob) for _, image in images for name, blob in image.files.items()}
