@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from zoo import config
-from zoo.config import compose, compose_model, compose_sweep, conf_dir, list_models
+from zoo.config import compose, compose_model, compose_sweep, conf_dir, families, list_models
 from zoo.errors import ConfigError
 from zoo.spec import digest_of, to_json
 
@@ -201,6 +202,22 @@ def test_a_model_from_text() -> None:
         compose_model(text + "\nhiden: 8")
 
 
+NUMBERS = ["1000", "1e5", "1.10", "null", "true", "0x10", "off"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_names_that_hydra_would_read_as_something_else(mine: Path, name: str) -> None:
+    write(mine, f'name: "{name}"', name=name)
+    assert compose([f"models={name}"]).model.name == compose([f"models='{name}'"]).model.name == name
+    assert compose_model((mine / "models" / f"{name}.yaml").read_text()).model.name == name
+    assert [spec.model.name for spec in compose_sweep([f"models=gpt2,{name}"])] == ["gpt2", name]
+
+
+def test_a_missing_name_that_hydra_would_read_as_something_else() -> None:
+    for name in NUMBERS:
+        refuse([f"models={name}"], f"models {name!r} (conf/models): pick one of gpt2, ")
+
+
 # Bad input: keys
 
 
@@ -231,6 +248,31 @@ def test_unknown_options_are_answered_with_the_options() -> None:
 )
 def test_malformed_overrides(override: str) -> None:
     refuse([override], f"override {override!r}")
+
+
+@pytest.mark.parametrize("value", ["~/zoo", "/a(b", "/a'b", "ü", 'a"b', "{", "['a", "!x", "[" * 3000 + "]" * 3000])
+def test_values_that_the_grammar_has_no_reading_for(value: str) -> None:
+    said = refuse([f"registry.path={value}"], "the value cannot be read", "is put into quotes", "\"registry.path='")
+    assert "Lexer" not in said and "^" not in said and "hydra" not in said.lower() and len(said) < 1000
+
+
+def test_what_is_advised_for_such_a_value_works() -> None:
+    said = refuse(["registry.path=/a(~'b"], "the value cannot be read")
+    assert compose([said.split(": ")[-1].strip('"')]).registry == "/a(~'b"
+
+
+def test_overrides_that_are_no_text() -> None:
+    for override in ("registry.path=x\udcff", "registry.path='x\udcff'", "registry.path='a\nb'"):
+        refuse([override], "control characters or bytes outside UTF-8")
+    refuse(["registry.path=" + "a" * 10_000], "10,014 characters; at most 8,192")
+    refuse(["registry.path='~no-such-user/x'"], "there is no user of this name")
+    refuse(["model.checkpoint='~no-such-user/x'"], "there is no user of this name")
+
+
+def test_sweeps_of_too_many() -> None:
+    for overrides in (["limits.max_tokens=range(1,1000000000)"], ["threads=range(1,200)", "limits.max_tokens=range(1,200)"]):
+        with pytest.raises(ConfigError, match=r"more than 10,000 values|39,601 combinations"):
+            compose_sweep(overrides)
 
 
 def test_hydra_settings_are_refused() -> None:
@@ -441,9 +483,40 @@ def test_broken_files_are_named(mine: Path) -> None:
     write(mine, "name: mine", head="# a comment")
     refuse(["models=mine"], str(path), "the first line must be '# @package model'")
     path.write_text("# @package model\ndefaults:\n  - families/lama@_here_\n  - _self_\nname: mine\n")
-    refuse(["models=mine"], "families/lama")
+    refuse(["models=mine"], "families/lama", "pick one of gpt2, llama, qwen3; did you mean 'llama'?")
+    path.write_text("# @package model\ndefaults:\n  - gtp2@_here_\n  - _self_\nname: mine\n")
+    refuse(["models=mine"], "models/gtp2", "pick one of gpt2, llama-3.1-70b", "did you mean 'gpt2'?")
     path.write_text("# @package model\nname: mine\n")
     refuse(["models=mine"], str(path), "family is missing")
+
+
+BOMB = ["a: &a [x, x, x, x, x, x, x, x, x]"] + [
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghij")
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (BOMB, "line 6: the alias *a is not allowed; write ${key} to refer"),
+        (["license: &l [*l]"], "the alias *l is not allowed"),
+        (["license: " + "[" * 3000 + "]" * 3000], "nested more than 64 deep"),
+        (["license: " + "{a: " * 70 + "}" * 70], "nested more than 64 deep"),
+        (["license: [" + "a," * 20_001 + "]"], "more than 20,000 values"),
+        (["license: " + "a" * (1 << 20)], "bytes; a config has at most 1,048,576"),
+    ],
+    ids=["bomb", "self", "lists", "mappings", "values", "bytes"],
+)
+def test_files_that_would_take_long(mine: Path, lines: list[str], message: str) -> None:
+    path = write(mine, *lines)
+    start = time.process_time()
+    refuse(["models=mine"], str(path), message)
+    path.rename(mine / "models" / "unused.yaml")
+    (mine / "models" / "families").mkdir()
+    (mine / "models" / "unused.yaml").rename(mine / "models" / "families" / "mine.yaml")
+    with pytest.raises(ConfigError, match=message.split("; ")[0].split(": ")[-1].replace("*", r"\*")):
+        families()
+    assert time.process_time() - start < 5
 
 
 def test_a_family_without_here_is_explained(mine: Path) -> None:

@@ -14,6 +14,7 @@ from zoo.config.schema import GROUPS, HardwareNode, ModelNode, check, check_refe
 from zoo.errors import ConfigError
 from zoo.spec import HardwareSpec
 
+MOST_BYTES, MOST_NODES, MOST_DEPTH = 1 << 20, 20_000, 64  # of a YAML file
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -30,7 +31,7 @@ def user_dir() -> Path | None:
     named = os.environ.get("ZOO_CONF")
     if not named:
         return None
-    folder = Path(named).expanduser().absolute()
+    folder = expand(named).absolute()
     if not folder.is_dir():
         raise ConfigError(
             f"ZOO_CONF is {named!r}, which is not a folder; make it, with a folder models/ inside, or unset ZOO_CONF"
@@ -56,6 +57,14 @@ def list_models() -> list[str]:
     return options("models", conf_dirs())
 
 
+def expand(path: str | Path) -> Path:
+    """A path with ``~`` as the user's home. ConfigError when there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no user of this name; write ./~... for a folder whose name begins with ~") from None
+
+
 def shown(path: Path) -> str:
     """A file as messages name it: relative to the project where it is inside."""
     path = Path(path)
@@ -67,18 +76,50 @@ def shown(path: Path) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML file as plain data, interpolations unresolved and checked. Parsed once as long as the file stays the same."""
+    return copy.deepcopy(_read_yaml(path, *guard(path)))
+
+
+def guard(path: Path) -> tuple[int, int]:
+    """Refuse a YAML file that would take long or grow large before anything builds data from it.
+
+    Gives its modification time and size, by which a reading of it can be remembered.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise yaml_error(path, error) from None
-    return copy.deepcopy(_read_yaml(path, status.st_mtime_ns, status.st_size))
+    _guard(path, status.st_mtime_ns, status.st_size)
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=256)
+def _guard(path: Path, _changed: int, size: int) -> None:
+    """Go through the parser's events, which take no more memory than the text; aliases, which multiply it, are refused."""
+    import yaml  # type: ignore[import-untyped]
+
+    if size > MOST_BYTES:
+        raise ConfigError(f"{shown(path)}: {size:,} bytes; a config has at most {MOST_BYTES:,}")
+    depth = nodes = 0
+    try:
+        for event in yaml.parse(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            at = f"{shown(path)}, line {event.start_mark.line + 1}"
+            nodes += isinstance(event, yaml.NodeEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{at}: the alias *{event.anchor} is not allowed; write ${{key}} to refer to another key")
+            if depth > MOST_DEPTH:
+                raise ConfigError(f"{at}: nested more than {MOST_DEPTH} deep")
+            if nodes > MOST_NODES:
+                raise ConfigError(f"{at}: more than {MOST_NODES:,} values; no config needs that many")
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise yaml_error(path, error) from None
 
 
 @functools.lru_cache(maxsize=64)
 def _read_yaml(path: Path, _changed: int, _size: int) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

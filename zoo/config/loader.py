@@ -8,7 +8,9 @@ that should not be.
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,10 @@ from zoo.errors import ConfigError
 
 SCHEMA = "zoo_schema"
 OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+LONGEST = 8192  # characters of an override: Hydra's parser takes time that grows with the square
+MOST_VALUES = 10_000  # of a sweep
 
 
 @dataclass
@@ -82,22 +88,23 @@ class Composed:
 
 def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
     """Compose ``config.yaml`` with overrides. ConfigError, one line, for whatever is wrong."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        for text in (key, value):
-            check_references(text, key, f"override {override!r}")
+    given = _prepared(overrides)
     repository, loader = _loader(folders)
-    for parsed in _parse(overrides, loader):
-        _check_override(parsed, folders)
+    for override, parsed in zip(overrides, _parse(given, loader), strict=True):
+        _check_override(override, parsed, folders)
     try:
-        config = loader.load_configuration("config", [*overrides, "hydra.job.name=zoo"], RunMode.RUN, from_shell=False)
+        config = loader.load_configuration("config", [*given, "hydra.job.name=zoo"], RunMode.RUN, from_shell=False)
         with open_dict(config):
             del config["hydra"]
         data = OmegaConf.to_container(config, resolve=True)
     except MissingConfigException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(_first_line(error) + _instead(error, folders)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_translate(error, overrides)) from None
+    except RecursionError:
+        raise ConfigError(
+            f"nested too deeply, or keys that refer to each other (overrides: {' '.join(overrides)[:200]})"
+        ) from None
     assert isinstance(data, dict)
     order = {name: place for place, name in enumerate(loader.order)}
     merged = sorted((file for file in repository.loaded if file.name in order), key=lambda file: order[file.name])
@@ -109,23 +116,26 @@ def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
 
 def expand_sweep(overrides: Sequence[str], folders: list[Path]) -> list[list[str]]:
     """Comma lists, ranges and globs expanded into plain override lists, in order, the last one turning fastest."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        for text in (key, value):
-            check_references(text, key, f"override {override!r}")
     _, loader = _loader(folders)
     choices = []
-    for parsed in _parse(overrides, loader):
+    for given, parsed in zip(overrides, _parse(_prepared(overrides), loader), strict=True):
         if parsed.is_sweep_override():
             try:
                 key = parsed.get_key_element()
-                choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+                values = list(itertools.islice(parsed.sweep_string_iterator(), MOST_VALUES + 1))
             except (HydraException, ValueError) as error:
-                raise ConfigError(f"override {parsed.input_line!r}: {_first_line(error)}") from None
-            if not choices[-1]:
-                raise ConfigError(f"override {parsed.input_line!r}: nothing matches")
+                raise ConfigError(f"override {given!r}: {_first_line(error)}") from None
+            if not values:
+                raise ConfigError(f"override {given!r}: nothing matches")
+            if len(values) > MOST_VALUES:
+                raise ConfigError(f"override {given!r}: more than {MOST_VALUES:,} values")
+            if key in GROUPS:
+                values = [value.strip("'") for value in values]
+            choices.append([f"{key}={value}" for value in values])
         else:
-            choices.append([str(parsed.input_line)])
+            choices.append([given])
+    if math.prod(map(len, choices)) > MOST_VALUES:
+        raise ConfigError(f"{math.prod(map(len, choices)):,} combinations; at most {MOST_VALUES:,} are made at once")
     return [list(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -146,6 +156,7 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
         if folder is None or config_path.startswith("hydra/"):
             return super().load_config(config_path)
         path = folder / f"{config_path}.yaml"
+        files.guard(path)
         try:
             result = super().load_config(config_path)
         except (YAMLError, OmegaConfBaseException, HydraException, ValueError) as error:
@@ -200,15 +211,62 @@ def _parse(overrides: Sequence[str], loader: _Loader) -> list[Override]:
     for override in overrides:
         try:
             parsed += parser.parse_overrides([override])
-        except HydraException as error:
-            hint = "" if "=" in override else "; overrides look like key=value"
-            raise ConfigError(f"override {override!r}: {_first_line(error.__cause__ or error)}{hint}") from None
+        except (HydraException, RecursionError):
+            raise ConfigError(f"override {_short(override)!r}: {_unreadable(override)}") from None
     return parsed
 
 
-def _check_override(parsed: Override, folders: list[Path]) -> None:
-    line, key = parsed.input_line, parsed.key_or_group
-    where = f"override {line!r}"
+def _prepared(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra is to read them, checked as far as their text goes.
+
+    The names of options go into quotes: ``models=1000``, ``models=null`` and ``models=1.10`` mean files of these names.
+    """
+    prepared = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        where = f"override {_short(override)!r}"
+        if len(override) > LONGEST:
+            raise ConfigError(f"{where}: {len(override):,} characters; at most {LONGEST:,}. Put long values into a YAML file")
+        if any(
+            unicodedata.category(letter) in ("Cc", "Cs") for letter in override
+        ):  # half a surrogate pair too, which is what a byte outside UTF-8 becomes
+            raise ConfigError(f"{where}: it has control characters or bytes outside UTF-8; write a plain text on one line")
+        for text in (key, value):
+            check_references(text, key, where)
+        names = value.split(",")
+        if equals and key in GROUPS and all(OPTION.fullmatch(name) for name in names):
+            override = f"{key}={','.join(map(repr, names))}"
+        prepared.append(override)
+    return prepared
+
+
+def _unreadable(override: str) -> str:
+    """What to do about an override that Hydra's grammar has no reading for."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w.@/+~-]+", key):
+        return "overrides look like key=value"
+    quoted = value.strip("'\"").replace("'", "\\'")
+    instead = _short(f"\"{key}='{quoted}'\"")
+    return (
+        "the value cannot be read; a list is written [a,b], and a text with spaces, commas, ~, quotes or other special "
+        f"characters is put into quotes, with others around it for the shell: {instead}"
+    )
+
+
+def _instead(error: MissingConfigException, folders: list[Path]) -> str:
+    """What there is in place of a file that a defaults list names and that is not there."""
+    group, _, name = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+    allowed = files.options(group, folders) if group else []
+    return f"; pick one of {', '.join(allowed)}{did_you_mean(name, allowed)}" if allowed else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _check_override(override: str, parsed: Override, folders: list[Path]) -> None:
+    key = parsed.key_or_group
+    where = f"override {_short(override)!r}"
     if parsed.is_hydra_override() or key.split("/")[0] == "hydra":
         raise ConfigError(f"{where}: Hydra's own settings are not used here; a folder of your own configs is named by ZOO_CONF")
     if parsed.type not in (OverrideType.CHANGE, OverrideType.ADD, OverrideType.FORCE_ADD) or parsed.package:

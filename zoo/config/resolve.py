@@ -84,7 +84,7 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
         compiler=compiler,
         dtype=dtype,
         threads=data["threads"] if hardware.kind == "cpu" else 0,  # a GPU engine has no use for them
-        registry=str(Path(data["registry"]["path"]).expanduser()) if data["registry"]["path"] else "",
+        registry=str(files.expand(data["registry"]["path"])) if data["registry"]["path"] else "",
         overrides=tuple(overrides),
     )
 
@@ -132,7 +132,7 @@ def _model(composed: Composed) -> ModelSpec:
 
 def _checkpoint(composed: Composed, named: str) -> Path:
     """A relative checkpoint is meant from the folder that holds conf, or, in an override, from where the user is."""
-    path = Path(named).expanduser()
+    path = files.expand(named)
     if path.is_absolute() or composed.origin("model.checkpoint").startswith("override"):
         return path.absolute()
     file = composed.file_of("model.checkpoint")
