@@ -95,6 +95,21 @@ def test_prefill_chunks_decode_and_mixed_batches(shape: str, kind: str) -> None:
     assert_close(got, want["b"][5:33])
 
 
+@pytest.mark.parametrize("together", [0, indices.TOGETHER])
+def test_decode_in_a_loop_and_all_at_once(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both branches of the loop lowering, at every length up to and over block borders, beside neighbours of other lengths."""
+    monkeypatch.setattr(indices, "TOGETHER", together)
+    ragged, arrays = fresh("grouped", "loop")
+    texts = {name: ids(24, seed) for seed, name in enumerate("abc")}
+    want = {name: logits_of(arrays, SHAPES["grouped"], tokens) for name, tokens in texts.items()}
+    traffic = Traffic(ragged)
+    done = {"a": 12, "b": 9, "c": 8}
+    traffic.step({name: texts[name][:count] for name, count in done.items()})
+    for step in range(12):
+        got = traffic.step({name: [texts[name][count + step]] for name, count in done.items()})
+        assert_close(got, np.stack([want[name][count + step] for name, count in done.items()]))
+
+
 @pytest.mark.parametrize("kind", BODIES)
 def test_rows_may_repeat_and_come_in_any_order(kind: str) -> None:
     ragged, arrays = fresh("grouped", kind)

@@ -62,6 +62,33 @@ def test_row_positions() -> None:
     assert indices.row_positions(batch(), LIMITS).tolist() == [0, 1, 2, 3, 4, 5, 8, 1, 2]
 
 
+def decode() -> Batch:
+    """The same contexts a step later: one token each, of 7, 10 and 4 tokens."""
+    arrays = ([0] * 3, [6, 9, 3], [0, 1, 2, 3], [7, 10, 4])
+    return Batch(*(np.array(a, np.int32) for a in arrays), {"full": np.array(TABLE, np.int32)}, np.arange(3, dtype=np.int32))
+
+
+def test_decode_steps_have_one_token_a_sequence() -> None:
+    assert indices.decode_step(decode(), LIMITS).item() is True
+    assert indices.decode_step(batch(), LIMITS).item() is False
+    assert indices.decode_slots(batch(), LIMITS).shape == (2, 0, 3, 3) and indices.decode_bias(batch(), LIMITS).shape == (3, 0)
+
+
+def test_decode_steps_bound_what_padding_costs() -> None:
+    uneven, long = decode(), decode()
+    uneven.kv_lengths[:] = [16, 1, 1]
+    long.kv_lengths[:] = indices.TOGETHER // 3 + 1
+    assert not indices.decode_step(uneven, LIMITS) and not indices.decode_step(long, LIMITS)
+
+
+def test_decode_slots_repeat_the_last_position_and_the_bias_hides_it() -> None:
+    slots, bias = indices.decode_slots(decode(), LIMITS), indices.decode_bias(decode(), LIMITS)
+    assert slots.shape == (2, 10, 3, 3) and bias.shape == (3, 10) and bias.dtype == np.float32
+    assert slots[0, :, 0].tolist() == [[7, 0, p] for p in range(4)] + [[3, 0, p] for p in (0, 1, 2, 2, 2, 2)]
+    assert slots[1, :, 2].tolist() == [[11, 1, p] for p in (0, 1, 2, 3, 3, 3, 3, 3, 3, 3)]
+    assert np.isneginf(bias).sum(axis=1).tolist() == [3, 0, 6] and (bias[1] == 0).all()
+
+
 def test_query_rows_and_token_rows_are_inverse() -> None:
     rows, back = indices.query_rows(batch(), LIMITS), indices.token_rows(batch(), LIMITS)
     assert rows.dtype == back.dtype == np.int32
@@ -101,4 +128,7 @@ def test_every_builder_takes_one_token() -> None:
         "work_items": (1, 7),
         "query_rows": (1, 1),
         "token_rows": (1,),
+        "decode_step": (),
+        "decode_slots": (2, 1, 1, 3),
+        "decode_bias": (1, 1),
     }

@@ -3,7 +3,8 @@
 An engine's manifest lists the index inputs it declares; ``INDEX_BUILDERS`` has the function for each name. All follow the
 block table of the group ``full``.
 
-T tokens, B sequences, P blocks a sequence, L the longest query of the step, C blocks of all contexts, W work items.
+T tokens, B sequences, P blocks a sequence, L the longest query of the step, C blocks of all contexts, W work items, N the
+longest context of the step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from zoo.runtime.abi import Batch, EngineLimits
 Indices = npt.NDArray[Any]
 GROUP = "full"
 TILE = 64  # queries of one work item: bounds an item's scores to heads x 64 x context
+TOGETHER = 4096  # most places of contexts, padded to the longest, that a decode step gathers at once
 
 
 def pool_slots(batch: Batch, limits: EngineLimits) -> Indices:
@@ -92,6 +94,44 @@ def work_items(batch: Batch, limits: EngineLimits) -> Indices:
     )
 
 
+def decode_step(batch: Batch, limits: EngineLimits) -> Indices:
+    """[] bool: whether every sequence has one token and the contexts, padded to the longest, are few places.
+
+    Padding may at most double what is gathered.
+    """
+    lengths = batch.kv_lengths.astype(np.int64)
+    padded = len(lengths) * int(lengths.max(initial=0))
+    single = bool((np.diff(batch.query_starts) == 1).all())
+    return np.array(single and padded <= TOGETHER and padded <= 2 * int(lengths.sum()))
+
+
+def decode_slots(batch: Batch, limits: EngineLimits) -> Indices:
+    """[2, N, B, 3] int64: where each position's key and value lie, as (block, 0 or 1, place); N is 0 unless ``decode_step``.
+
+    Positions behind a context name its last one, which is as finite as the sequence.
+    """
+    position = _decode_positions(batch, limits)
+    clipped = np.minimum(position, batch.kv_lengths.astype(np.int64) - 1)
+    block = batch.block_tables[GROUP][np.arange(clipped.shape[1]), clipped // limits.block_size]
+    out = np.zeros((2, *clipped.shape, 3), np.int64)
+    out[..., 0] = block
+    out[1, ..., 1] = 1
+    out[..., 2] = clipped % limits.block_size
+    return out
+
+
+def decode_bias(batch: Batch, limits: EngineLimits) -> Indices:
+    """[B, N] float32: 0 for a context's positions, minus infinity behind them."""
+    behind = _decode_positions(batch, limits) >= batch.kv_lengths
+    return np.ascontiguousarray(np.where(behind, np.float32(-np.inf), np.float32(0)).T)
+
+
+def _decode_positions(batch: Batch, limits: EngineLimits) -> Indices:
+    """[N, B]: 0 to the longest context, once for each sequence."""
+    longest = int(batch.kv_lengths.max()) if decode_step(batch, limits) else 0
+    return np.repeat(np.arange(longest)[:, None], len(batch.kv_lengths), axis=1)
+
+
 def query_rows(batch: Batch, limits: EngineLimits) -> Indices:
     """[B, L] int32: the row of each sequence's l-th query; places behind its last query hold row 0."""
     counts = np.diff(batch.query_starts)
@@ -127,6 +167,9 @@ INDEX_BUILDERS: dict[str, Callable[[Batch, EngineLimits], Indices]] = {
     "context_blocks": context_blocks,
     "row_positions": row_positions,
     "work_items": work_items,
+    "decode_step": decode_step,
+    "decode_slots": decode_slots,
+    "decode_bias": decode_bias,
     "query_rows": query_rows,
     "token_rows": token_rows,
 }

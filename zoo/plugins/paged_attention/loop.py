@@ -9,9 +9,13 @@ Nothing is allocated for all tokens at once: an iteration gathers the blocks of 
   reach the sums, so the one ScatterND that writes the new tokens also writes zeros there: at most block_size - 1 rows a
   sequence, in the block that its newest token makes its own. Masking gathered values instead copies all of them.
 - Everything that is the same for all tiles stands before the Loop, where ONNX Runtime shares it between layers.
+- An iteration costs some 25 node launches, which short contexts feel. A step in which every sequence has one token and
+  contexts are short takes the other branch of an If: contexts gathered token by token into [N, B, K, D], N the longest,
+  and all sequences multiplied at once. Layers with a window or a soft cap always loop.
 
 Index inputs: pool_writes [S, 2, 3] (new tokens, then the zeros), context_blocks [2, C, 2] (block of each context, for keys
-and for values), row_positions [T], work_items [W, 7] (see ``zoo.runtime.indices``).
+and for values), row_positions [T], work_items [W, 7], decode_step [], decode_slots [2, N, B, 3], decode_bias [B, N] (see
+``zoo.runtime.indices``).
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from zoo.graph import IndexInput
 from zoo.plugins.contract import Lowering
 from zoo.plugins.paged_attention.body import FRESH, SIZES, function
 
-INPUTS = ("q", "k", "v", "kv", "pool_writes", "context_blocks", "row_positions", "work_items")
+INDEX = ("pool_writes", "context_blocks", "row_positions", "work_items", "decode_step", "decode_slots", "decode_bias")
+INPUTS = ("q", "k", "v", "kv", *INDEX)
 
 WRITE = """
   S = Shape <start = 0, end = 1> (pool_writes)
@@ -37,17 +42,13 @@ WRITE = """
   kv_out = ScatterND (kv, pool_writes, written)
 """
 
-# queries [K, T * G, D], scaled; rows [T * G, 1] the position of each; columns [longest context]
+# rows [T * G, 1] the position of each query; columns [longest context]
 PREPARE = """
-  factor = Constant <value_float: float = @{factor}> ()
-  q_scaled = Mul (q, factor)
-  {divide}
   split_shape = Concat <axis = 0> (rest_d, Kd, Gd, Dd)
-  q_split = Reshape ({scaled}, split_shape)
-  q_by_head = Transpose <perm = [1, 0, 2, 3]> (q_split)
   rows_shape = Concat <axis = 0> (Kd, rest_d, Dd)
-  queries = Reshape (q_by_head, rows_shape)
   context_shape = Concat <axis = 0> (rest_d, Kd, Dd)
+  mixed_shape = Concat <axis = 0> (Kd, rest_d, Gd, Dd)
+  out_shape = Concat <axis = 0> (one_d, rest_d, HDd)
 
   ones = Constant <value_ints = [1, 1, 1, 1, 1]> ()
   columns_of_item = Concat <axis = 0> (Gd, Gd, ones)
@@ -91,7 +92,14 @@ WINDOW_TRIM = """
     from_column = Mul (skipped, BSd)
 """
 
+# queries [K, T * G, D], scaled
 TILE_LOOP = """
+  factor = Constant <value_float: float = @scale> ()
+  q_scaled = Mul (q, factor)
+  {divide}
+  q_split = Reshape ({scaled}, split_shape)
+  q_by_head = Transpose <perm = [1, 0, 2, 3]> (q_split)
+  queries = Reshape (q_by_head, rows_shape)
   pieces = Loop (count, , nothing) <body = tile
     (int64 i, bool going, seq(float[A, M, E]) done) => (bool still_going, seq(float[A, M, E]) more) {{
     still_going = Identity (going)
@@ -118,11 +126,30 @@ TILE_LOOP = """
     more = SequenceInsert (done, mixed)
   }}>
   mixed_rows = ConcatFromSequence <axis = 1> (pieces)
-  mixed_shape = Concat <axis = 0> (Kd, rest_d, Gd, Dd)
   mixed_split = Reshape (mixed_rows, mixed_shape)
   mixed_by_token = Transpose <perm = [1, 0, 2, 3]> (mixed_split)
-  out_shape = Concat <axis = 0> (one_d, rest_d, HDd)
-  out = Reshape (mixed_by_token, out_shape)
+  {out} = Reshape (mixed_by_token, out_shape)
+"""
+
+# scores [B, K, G, N]; what is the same for all layers stands before the If
+TOGETHER = """
+  key_slots = Gather (decode_slots, zero)
+  value_slots = Gather (decode_slots, one)
+  middle = Constant <value_ints = [1, 2]> ()
+  decode_mask = Unsqueeze (decode_bias, middle)
+  out = If (decode_step) <
+    then_branch = together () => (float[U, B, HD] out_together) {{
+      d_query = Reshape (q, split_shape)
+      d_keys = GatherND (kv_out, key_slots)
+      d_raw = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (d_query, d_keys)
+      d_masked = Add (d_raw, decode_mask)
+      d_weight = Softmax <axis = -1> (d_masked)
+      d_values = GatherND (kv_out, value_slots)
+      d_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (d_weight, d_values)
+      out_together = Reshape (d_mixed, out_shape)
+    }},
+    else_branch = one_by_one () => (float[U, B, HD] out_apart) {{ {tiles} }}
+  >
 """
 
 
@@ -130,13 +157,11 @@ def loop(attrs: Mapping[str, Any]) -> onnx.FunctionProto:
     """The function for one node's attributes: windows and soft caps cost nothing where there are none. float32 only."""
     window, softcap = attrs["window"] > 0, attrs["softcap"] > 0
     op = "ZooPagedAttentionLoop" + "Window" * window + "Softcap" * softcap
-    prepare = PREPARE.format(
-        factor="scale",
+    prepare = PREPARE.format(window=WINDOW_PREPARE if window else "")
+    together = not (window or softcap)
+    tiles = TILE_LOOP.format(
         divide="cap = Constant <value_float: float = @softcap> ()\n  q_small = Div (q_scaled, cap)" if softcap else "",
         scaled="q_small" if softcap else "q_scaled",
-        window=WINDOW_PREPARE if window else "",
-    )
-    tiles = TILE_LOOP.format(
         trim=WINDOW_TRIM if window else "",
         from_block="from_block" if window else "block_start",
         from_column="from_column" if window else "zero_d",
@@ -147,8 +172,10 @@ def loop(attrs: Mapping[str, Any]) -> onnx.FunctionProto:
         if window
         else "",
         visible="inside" if window else "causal",
+        out="out_apart" if together else "out",
     )
-    return function(op, INPUTS, SIZES + FRESH + WRITE + prepare + tiles, ', "com.microsoft" : 1')
+    steps = TOGETHER.format(tiles=tiles) if together else tiles
+    return function(op, INPUTS, SIZES + FRESH + WRITE + prepare + steps, ', "com.microsoft" : 1')
 
 
 LOOP = Lowering(
@@ -160,6 +187,9 @@ LOOP = Lowering(
         IndexInput("context_blocks", "int64", (2, "C", 2)),
         IndexInput("row_positions", "int64", ("T",)),
         IndexInput("work_items", "int64", ("W", 7)),
+        IndexInput("decode_step", "bool", ()),
+        IndexInput("decode_slots", "int64", (2, "N", "B", 3)),
+        IndexInput("decode_bias", "float32", ("B", "N")),
     ),
     domains=("com.microsoft",),
 )
