@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from zoo.artifacts.entries import Entry
 from zoo.artifacts.layout import WEIGHT, Descriptor, Layout
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import EngineManifest
+from zoo.artifacts.refs import LATEST
 from zoo.artifacts.staging import READ_ONLY, disk_errors
 from zoo.errors import ArtifactError, DigestError, NotFoundError
 
@@ -112,6 +113,25 @@ def check_engine(entry: Entry) -> list[Problem]:
             _ = entry.manifest
     except ArtifactError as error:
         return [Problem(entry.ref, "manifest", entry.digest, f"cannot be used: {error}")]
+    return problems
+
+
+def check_layout(layout: Layout, read: Callable[[str, str], list[Entry]]) -> list[Problem]:
+    """Everything that is wrong with a model: its documents and each engine. ``read`` gives the engines of a model and version."""
+    if damage := layout.damage():
+        return [Problem(layout.model, "layout", "(none)", f"cannot be used: {damage}; {layout.advice}")]
+    if not layout.exists():
+        return []
+    try:
+        tags = {tag: one for tag, one in layout.tags().items() if tag != LATEST}
+    except ArtifactError as error:
+        return [Problem(layout.model, "index.json", "(none)", f"cannot be used: {error}")]
+    problems = []
+    for tag, version in tags.items():
+        try:
+            problems += [problem for entry in read(layout.model, tag) for problem in check_engine(entry)]
+        except ArtifactError as error:
+            problems.append(Problem(f"{layout.model}:{tag}", "version index", version.digest, f"cannot be used: {error}"))
     return problems
 
 

@@ -21,7 +21,7 @@ from zoo.artifacts.gc import collect
 from zoo.artifacts.layout import Descriptor, Layout, check_names
 from zoo.artifacts.locks import Lock
 from zoo.artifacts.manifest import Engine
-from zoo.artifacts.opened import Opened, Problem, check_engine, open_engine
+from zoo.artifacts.opened import Opened, Problem, check_engine, check_layout, open_engine
 from zoo.artifacts.publish import intact, merge, present_profiles, publish, stage_documents, write_version
 from zoo.artifacts.refs import LATEST, Ref, is_digest, is_model, is_profile, is_tag, may_abbreviate
 from zoo.artifacts.removal import take_out
@@ -199,7 +199,10 @@ class Registry:
         """What storing will add to the disk; files of our own folders are linked, known blobs stay."""
         total = 1 << 20
         for name, path in engine.files.items():
-            size = path.stat().st_size if path.exists() else 0
+            try:
+                size = path.stat().st_size
+            except OSError:  # said when it is its turn
+                continue
             known = expected.get(name)
             if not (known and layout.has(Descriptor("", known, size))) and not path.resolve().is_relative_to(self.root.resolve()):
                 total += size
@@ -272,32 +275,12 @@ class Registry:
         """
         if ref:
             return [problem for entry in self.entries(ref) for problem in check_engine(entry)]
-        problems = []
+        problems: list[Problem] = []
         folders = self._folders()
         if not self.root.exists() and self.root != default_root():
             raise NotFoundError(f"registry {self.root}: no such folder; nothing was verified. Check --registry and ZOO_HOME")
-        for model in (path.name for path in folders):
-            if damage := self.layout(model).damage():
-                problems.append(Problem(model, "layout", "(none)", f"cannot be used: {damage}; {self.layout(model).advice}"))
-                continue
-            if not self.layout(model).exists():
-                continue
-            try:
-                tags = [tag for tag in self.layout(model).tags() if tag != LATEST]
-            except ArtifactError as error:
-                problems.append(Problem(model, "index.json", "(none)", f"cannot be used: {error}"))
-                continue
-            for tag in tags:
-                try:
-                    entries = self._read(model, tag)
-                except ArtifactError as error:
-                    problems.append(
-                        Problem(
-                            f"{model}:{tag}", "version index", self.layout(model).tags()[tag].digest, f"cannot be used: {error}"
-                        )
-                    )
-                    continue
-                problems += [problem for entry in entries for problem in check_engine(entry)]
+        for path in folders:
+            problems += check_layout(Layout(path), self._read)
         return problems
 
     def gc(self) -> int:
@@ -318,8 +301,8 @@ class Registry:
             freed += self._collect_builds()
         if failed and not freed:
             raise failed[0]
-        for error in failed:
-            log.warning("%s", error)
+        for one in failed:
+            log.warning("%s", one)
         return freed
 
     def _collect_builds(self) -> int:
