@@ -230,18 +230,28 @@ def test_address_space_that_the_system_does_not_give(
         open_session(folder, large)
 
 
+def test_memory_runs_out_while_weights_are_written(engine: tuple[Path, EngineManifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another process takes what was there."""
+    monkeypatch.setattr(onnxruntime_session, "write_packed", lambda *given: np.empty((10**15, 7)))
+    before = tree(engine[0])
+    with pytest.raises(ResourceError, match=r"not enough memory to load the engine's 352\.5 kB of weights \(Unable to allocate"):
+        open_session(*engine)
+    assert tree(engine[0]) == before
+
+
 def test_failing_step_is_a_users_error_and_the_session_goes_on(
     engine: tuple[Path, EngineManifest], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, prompt = OrtSession(*engine, threads=1), families.prompt(checkpoint, 9)
     good = Traffic(Poisoned(session)).batch({"a": prompt})
-    builder = onnxruntime_session.INDEX_BUILDERS["work_items"]
+    name = next(tensor.name for tensor in engine[1].abi.index_inputs if len(tensor.shape) > 1)
+    builder = onnxruntime_session.INDEX_BUILDERS[name]
     with monkeypatch.context() as patch:  # ONNX Runtime itself refuses the rank
-        patch.setitem(onnxruntime_session.INDEX_BUILDERS, "work_items", lambda *given: builder(*given)[0])
+        patch.setitem(onnxruntime_session.INDEX_BUILDERS, name, lambda *given: builder(*given)[0])
         with pytest.raises(EngineError, match=r"onnxruntime failed in a step of 9 tokens: .*rank"):
             session.step(good)
     with monkeypatch.context() as patch:
-        patch.setitem(onnxruntime_session.INDEX_BUILDERS, "work_items", lambda *given: np.empty((10**15, 7)))
+        patch.setitem(onnxruntime_session.INDEX_BUILDERS, name, lambda *given: np.empty((10**15, 7)))
         with pytest.raises(ResourceError, match="not enough memory for a step of 9 tokens"):
             session.step(good)
     close_to(np.asarray(session.step(good).logits)[0], checkpoint, prompt)

@@ -210,6 +210,11 @@ def _load(folder: Path, table: dict[str, Any], weights: list[Weight], threads: i
             session = _create(private / "model.onnx", threads)
         except OSError as error:
             raise ResourceError(f"writing the engine's weights to {private}: {error.strerror}") from error
+        except MemoryError as error:
+            raise ResourceError(
+                f"not enough memory to load the engine's {size_text(int(table['size']))} of weights ({error}); "
+                "use a machine with more"
+            ) from error
     if session.get_modelmeta().custom_metadata_map.get("zoo.weights") != digest_of(table):
         raise ArtifactError(f"{folder}: model.onnx was compiled with another weights.json; rebuild or pull the engine again")
     return session
