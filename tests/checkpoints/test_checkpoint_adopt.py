@@ -294,3 +294,38 @@ def test_a_checkpoint_that_does_not_fit_is_not_added(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match="num_heads 4 is not divisible by num_kv_heads 3"):
         add_model(bad)
     assert not (tmp_path / "conf" / "models").exists()
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_folders_with_names_that_yaml_or_hydra_read_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    monkeypatch.setenv("ZOO_CONF", str(tmp_path / "conf"))
+    folder = families.make_checkpoint(tmp_path, "llama")
+    for name in ("1000", "null", "~x", "???", "a, 'b' \\ \"c\" ü\n"):
+        place = copied(folder, tmp_path / name)
+        path = add_model(place)
+        model = compose([f"models={path.stem}"]).model
+        assert Path(model.checkpoint) == place and model.name == path.stem
+        path.unlink()
+    path = add_model(folder, "2024")
+    assert path.name == "2024.yaml" and compose(["models=2024"]).model.name == "2024"
+
+
+def test_paths_that_yaml_would_interpolate(tmp_path: Path) -> None:
+    folder = families.make_checkpoint(tmp_path, "llama")
+    for name in ("l${limits.max_tokens}", "${oc.env:HOME}", "\\${x}"):
+        with pytest.raises(ConfigError, match=r"\$\{ would refer to another key; rename the folder, or link to it"):
+            adopt(copied(folder, tmp_path / name))
+    (tmp_path / "plain").symlink_to(tmp_path / "${oc.env:HOME}")
+    assert compose_model(adopt(tmp_path / "plain")).model.checkpoint == str(tmp_path / "plain")
+
+
+def test_a_home_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="there is no user of this name"):
+        adopt(Path("~no-such-user/x"))

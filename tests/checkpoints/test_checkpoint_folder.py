@@ -111,3 +111,56 @@ def test_pickles_only(made: Path) -> None:
     (made / "model.safetensors").rename(made / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pickle files.*convert"):
         Checkpoint.open(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", b"{bad", "not valid JSON at line 1"),
+        ("generation_config.json", b"[]", "expected a JSON object, found list"),
+        ("generation_config.json", b'{"eos_token_id": [[1]]}', r"eos_token_id is \[\[1\]\]; it must be a token id"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x'"),
+        ("generation_config.json", b'{"eos_token_id": [1, true]}', "eos_token_id is "),
+        ("generation_config.json", b'{"eos_token_id": 1.5}', "eos_token_id is 1.5"),
+        ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id is -1"),
+        ("tokenizer.json", b'{"version": "1.0", "added_tok', "not valid JSON at line 1"),
+        ("tokenizer.json", b"null", "expected a JSON object, found null"),
+        ("tokenizer.json", b"[" * 100_000 + b"]" * 100_000, "not usable JSON"),
+        ("tokenizer_config.json", b"[1]", "expected a JSON object, found list"),
+        ("tokenizer_config.json", b"\xff", "not UTF-8 at byte 0"),
+        ("special_tokens_map.json", b"", "not valid JSON"),
+        ("added_tokens.json", b'"a"', "expected a JSON object, found str"),
+        ("chat_template.jinja", b"a\xff", "not UTF-8 at byte 1"),
+    ],
+)
+def test_broken_files_beside_the_weights(made: Path, name: str, content: bytes, message: str) -> None:
+    (made / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: {message}"):
+        Checkpoint.open(made)
+
+
+def test_end_tokens_that_are_fine(made: Path) -> None:
+    for text in ("{}", '{"eos_token_id": null}', '{"eos_token_id": 0}', '{"eos_token_id": [1, 2]}', '{"eos_token_id": []}'):
+        (made / "generation_config.json").write_text(text)
+        Checkpoint.open(made).close()
+
+
+def test_what_is_no_file(made: Path) -> None:
+    (made / "tokenizer.json").unlink()
+    Checkpoint.open(made).close()
+    (made / "tokenizer.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: is no plain file"):
+        Checkpoint.open(made)
+    (made / "tokenizer.json").rmdir()
+    (made / "tokenizer.json").symlink_to(made / "gone")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: is a link to nothing"):
+        Checkpoint.open(made)
+
+
+def test_names_outside_utf8(made: Path) -> None:
+    strange = made.parent / os.fsdecode(b"x\xff")
+    with pytest.raises(CheckpointError, match=r"x\\udcff': its name is not UTF-8"):
+        Checkpoint.open(strange)
+    (made / os.fsdecode(b"LICENSE\xff")).write_text("x")
+    with pytest.raises(CheckpointError, match=r"LICENSE\\udcff': its name is not UTF-8"):
+        Checkpoint.open(made)

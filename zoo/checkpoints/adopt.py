@@ -29,8 +29,14 @@ def adopt(folder: Path, name: str | None = None) -> str:
 def model_yaml(folder: Path, name: str | None = None, relative_to: Path | None = None) -> str:
     """As ``adopt``; the checkpoint's path is written relative to a folder when it lies inside it."""
     from zoo.config import compose_model
+    from zoo.config.files import expand
 
-    folder = Path(folder).expanduser().absolute()
+    folder = expand(folder).absolute()
+    if "${" in str(folder):
+        raise ConfigError(
+            f"checkpoint {folder}: in a model's YAML, ${{ would refer to another key; rename the folder, or link to it "
+            "by another name"
+        )
     checkpoint = Checkpoint.open(folder)
     try:
         where = str(folder / "config.json")
@@ -48,8 +54,9 @@ def model_yaml(folder: Path, name: str | None = None, relative_to: Path | None =
         check_tensors(model, checkpoint.tensors)
     finally:
         checkpoint.close()
-    if relative_to and folder.is_relative_to(relative_to):
-        head["checkpoint"] = folder.relative_to(relative_to).as_posix()
+    below = folder.relative_to(relative_to).as_posix() if relative_to and folder.is_relative_to(relative_to) else ""
+    if below and below != "???" and not below.startswith("~"):  # which would mean a missing value, and a user's home
+        head["checkpoint"] = below
         text = _render(family, architecture, head, values)
     return text
 

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+MAX_TOKENIZER = 256 << 20  # bytes; the largest in use are about 35 MB
 PIECE = 8 << 20  # bytes hashed at a time
 
 
@@ -43,10 +44,13 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         """Open a folder. CheckpointError says what is missing or malformed, and names the file."""
         folder = Path(folder)
+        _check_text(folder)
         if not folder.is_dir():
             what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
             raise CheckpointError(f"checkpoint {folder}: {what}")
-        return cls(folder, read_config(folder), Tensors.open(folder))
+        config = read_config(folder)
+        check_beside(folder)
+        return cls(folder, config, Tensors.open(folder))
 
     @property
     def weight_files(self) -> list[Path]:
@@ -56,9 +60,7 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         """What travels with an engine beside its weights: tokenizer, chat template, generation config, licence."""
-        names = [self.folder / name for name in TOKENIZER_FILES]
-        names += sorted({file for pattern in LICENSES for file in self.folder.glob(pattern)})
-        return [file for file in names if file.is_file()]
+        return _beside(self.folder)
 
     def digests(self) -> dict[str, str]:
         """``sha256:...`` of every file above and of config.json, by name.
@@ -84,6 +86,55 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return config
+
+
+def check_beside(folder: Path) -> None:
+    """Refuse tokenizer and generation files that no engine could be used with. CheckpointError names the file.
+
+    What they mean is checked when they are loaded; here, that they are what their names say: JSON objects, text, end tokens.
+    """
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file() and (path.exists() or path.is_symlink()):
+            what = "is no plain file" if path.exists() else "is a link to nothing"
+            raise CheckpointError(f"{path}: {what}; put the file there, or take it away")
+    for path in _beside(folder):
+        _check_text(path)
+        if path.suffix == ".json":
+            data = read_json(path, MAX_TOKENIZER, scale=8, once=False)
+            if not isinstance(data, dict):
+                raise CheckpointError(f"{path}: expected a JSON object, found {'null' if data is None else type(data).__name__}")
+            if path.name == "generation_config.json":
+                _check_end_tokens(path, data.get("eos_token_id"))
+        elif path.suffix == ".jinja":
+            try:
+                path.read_bytes().decode("utf-8")
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _beside(folder: Path) -> list[Path]:
+    names = [folder / name for name in TOKENIZER_FILES]
+    names += sorted({file for pattern in LICENSES for file in folder.glob(pattern)})
+    return [file for file in names if file.is_file()]
+
+
+def _check_end_tokens(path: Path, found: Any) -> None:
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
+        raise CheckpointError(f"{path}: eos_token_id is {repr(found)[:60]}; it must be a token id or a list of them")
+
+
+def _check_text(path: Path) -> None:
+    """Names are published with an engine, as UTF-8."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: its name is not UTF-8; rename it, or link to it by another name"
+        ) from None
 
 
 def digest_file(path: Path) -> str:

@@ -199,8 +199,11 @@ class Tensors:
             raise CheckpointError(f"tensor {name!r} is not in {files} (of {self._files[0].parent})") from None
 
 
-def read_json(path: Path, limit: int = MAX_HEADER) -> Any:
-    """A JSON file of at most ``limit`` bytes. CheckpointError that names the file and, where it can, the line."""
+def read_json(path: Path, limit: int = MAX_HEADER, *, scale: int = 1, once: bool = True) -> Any:
+    """A JSON file of at most ``limit`` bytes. CheckpointError that names the file and, where it can, the line.
+
+    ``scale`` multiplies how many objects, arrays and strings there may be; ``once`` refuses keys that appear twice.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(limit + 1)
@@ -208,10 +211,10 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     if len(raw) > limit:
         raise CheckpointError(f"{path}: larger than {limit >> 20} MB; this is not what a checkpoint holds")
-    return _parse_json(raw, str(path))
+    return _parse_json(raw, str(path), scale, once)
 
 
-def _parse_json(raw: bytes, where: str) -> Any:
+def _parse_json(raw: bytes, where: str, scale: int = 1, once: bool = True) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) != len(pairs):
@@ -220,10 +223,10 @@ def _parse_json(raw: bytes, where: str) -> Any:
             raise CheckpointError(f"{where}: key {twice!r} appears twice")
         return data
 
-    if raw.count(b"{") + raw.count(b"[") > MAX_BRACKETS or raw.count(b'"') > MAX_QUOTES:
+    if raw.count(b"{") + raw.count(b"[") > scale * MAX_BRACKETS or raw.count(b'"') > scale * MAX_QUOTES:
         raise CheckpointError(f"{where}: the JSON has more objects, arrays or strings than any checkpoint needs")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if once else None)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
