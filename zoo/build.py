@@ -260,12 +260,22 @@ def _workdir(root: Path) -> Iterator[Path]:
 
 
 def build_folder(
-    folder: Path, quant: str = "none", hardware: str = "cpu", registry: Path | None = None, overrides: tuple[str, ...] = ()
+    folder: Path,
+    quant: str = "none",
+    hardware: str = "cpu",
+    registry: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    check: Callable[[BuildSpec], None] | None = None,
 ) -> str:
-    """Build an engine straight from a Hugging Face folder, as ``LLM("/a/folder")`` does. Gives the full REF."""
+    """Build an engine straight from a Hugging Face folder, as ``LLM("/a/folder")`` does. Gives the full REF.
+
+    ``check`` sees what would be built before anything is, and may raise.
+    """
     from zoo.checkpoints.adopt import adopt
     from zoo.config import compose_model
 
     spec = compose_model(adopt(folder), [f"quant={quant}", f"hardware={hardware}", *overrides])
+    if check:
+        check(spec)
     entry = build(spec, Registry(registry) if registry else None).entry
     return entry.ref

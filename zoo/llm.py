@@ -23,14 +23,15 @@ import numpy as np
 
 from zoo.artifacts.refs import Ref
 from zoo.artifacts.registry import Entry, Opened, Registry, default_root
-from zoo.artifacts.select import choose, describe_machine
-from zoo.errors import ArtifactError, CheckpointError, NotFoundError, RequestError
+from zoo.artifacts.select import Needs, choose, describe_machine, why_not
+from zoo.errors import ArtifactError, CheckpointError, IncompatibleError, NotFoundError, RequestError
 from zoo.runtime.abi import EngineLimits, Session
 from zoo.runtime.engine import Engine
 from zoo.runtime.prompts import Prompt, read_params, read_prompts
 from zoo.runtime.request import SEEDS, CompletionOutput, Piece, RequestOutput, SamplingParams
 from zoo.runtime.sessions import check_threads, open_session
 from zoo.runtime.tokenizer import GenerationConfig, Tokenizer
+from zoo.spec import BuildSpec
 
 log = logging.getLogger("zoo")
 
@@ -67,7 +68,7 @@ class LLM:
             from zoo.build import build_folder
 
             overrides = tuple(f"limits.{name}={value}" for name, value in limits.items())
-            ref, limits = build_folder(Path(model), quant or "none", hardware or "cpu", root, overrides), {}
+            ref, limits = build_folder(Path(model), quant or "none", hardware or "cpu", root, overrides, _check_machine), {}
         elif quant or hardware:
             ref = _select(store, str(model), quant, hardware)
         opened = store.open(ref)
@@ -328,6 +329,16 @@ def _is_folder(model: str | Path, store: Registry) -> bool:
         what = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"{model}: {what}; give a Hugging Face folder, or the REF of a stored model: zoo list shows them")
     return False
+
+
+def _check_machine(spec: BuildSpec) -> None:
+    """Raise IncompatibleError before a folder is built for hardware that this machine could not run it on."""
+    name = spec.hardware.name
+    if reason := why_not(Needs(spec.hardware.kind, spec.hardware.sm), describe_machine()):
+        raise IncompatibleError(
+            f"an engine for hardware {name!r} cannot run here: {reason}. To build it for another machine, `zoo add` the folder "
+            f"and run `zoo engines models=NAME hardware={name}`"
+        )
 
 
 def _select(store: Registry, ref: str, quant: str | None, hardware: str | None) -> Entry:

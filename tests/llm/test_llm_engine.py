@@ -8,9 +8,11 @@ from pathlib import Path
 import families
 import pytest
 
+import zoo.llm
 from zoo import LLM, SamplingParams
+from zoo.artifacts.machine import Machine
 from zoo.artifacts.registry import Registry
-from zoo.errors import NotFoundError, RequestError
+from zoo.errors import IncompatibleError, NotFoundError, RequestError
 from zoo.runtime.request import CompletionOutput
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,15 @@ def test_folder_that_was_built_is_not_built_again(small: LLM, checkpoint: Path, 
     with LLM(str(checkpoint), registry=registry, threads=1, **limits) as llm:
         assert llm.ref == small.ref
     assert [row["digest"] for row in Registry(registry).rows()] == before
+
+
+def test_folder_for_hardware_that_is_not_here_is_not_built(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo.llm, "describe_machine", lambda: Machine(2, 1 << 34))
+    with pytest.raises(IncompatibleError, match=r"'l40s' cannot run here: .*no GPU.*zoo engines models=NAME hardware=l40s"):
+        LLM(checkpoint, hardware="l40s", registry=tmp_path / "registry")
+    assert not (tmp_path / "registry").exists()
 
 
 def test_other_limits_are_another_build_and_both_stay(small: LLM, checkpoint: Path, registry: Path) -> None:
