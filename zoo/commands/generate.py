@@ -27,9 +27,10 @@ def generate(arguments: argparse.Namespace) -> int:
                     "text": first.text,
                     "token_ids": list(first.token_ids),
                     "finish_reason": first.finish_reason,
+                    **({"error": first.error} if first.error else {}),
                 }
             )
-            return 0
+            return 1 if first.error else 0
         pieces = llm.stream(arguments.prompt, params)  # refuses a bad request before anything is printed
         print(arguments.prompt, end="", flush=True)
         for piece in pieces:
