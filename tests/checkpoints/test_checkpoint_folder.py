@@ -123,6 +123,9 @@ def test_pickles_only(made: Path) -> None:
         ("generation_config.json", b'{"eos_token_id": [1, true]}', "eos_token_id is "),
         ("generation_config.json", b'{"eos_token_id": 1.5}', "eos_token_id is 1.5"),
         ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id is -1"),
+        ("generation_config.json", b'{"temperature": "hot"}', "temperature is 'hot'; it must be a number"),
+        ("generation_config.json", b'{"top_k": 50.0}', "top_k is 50.0; it must be a whole number"),
+        ("generation_config.json", b'{"top_p": true}', "top_p is True; it must be a number"),
         ("tokenizer.json", b'{"version": "1.0", "added_tok', "not valid JSON at line 1"),
         ("tokenizer.json", b"null", "expected a JSON object, found null"),
         ("tokenizer.json", b"[" * 100_000 + b"]" * 100_000, "not usable JSON"),
@@ -140,7 +143,14 @@ def test_broken_files_beside_the_weights(made: Path, name: str, content: bytes, 
 
 
 def test_end_tokens_that_are_fine(made: Path) -> None:
-    for text in ("{}", '{"eos_token_id": null}', '{"eos_token_id": 0}', '{"eos_token_id": [1, 2]}', '{"eos_token_id": []}'):
+    for text in (
+        "{}",
+        '{"eos_token_id": null}',
+        '{"eos_token_id": 0}',
+        '{"eos_token_id": [1, 2]}',
+        '{"eos_token_id": []}',
+        '{"temperature": 1, "top_p": null}',
+    ):
         (made / "generation_config.json").write_text(text)
         Checkpoint.open(made).close()
 

@@ -483,7 +483,10 @@ def test_broken_files_are_named(mine: Path) -> None:
     write(mine, "name: mine", head="# a comment")
     refuse(["models=mine"], str(path), "the first line must be '# @package model'")
     path.write_text("# @package model\ndefaults:\n  - families/lama@_here_\n  - _self_\nname: mine\n")
-    refuse(["models=mine"], "families/lama", "pick one of gpt2, llama, qwen3; did you mean 'llama'?")
+    refuse(
+        ["models=mine"],
+        "conf/models/mine.yaml: defaults: there is no models/families/lama; pick one of gpt2, llama, qwen3; did you mean",
+    )
     path.write_text("# @package model\ndefaults:\n  - gtp2@_here_\n  - _self_\nname: mine\n")
     refuse(["models=mine"], "models/gtp2", "pick one of gpt2, llama-3.1-70b", "did you mean 'gpt2'?")
     path.write_text("# @package model\nname: mine\n")

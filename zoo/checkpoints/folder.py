@@ -22,6 +22,14 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+SAMPLING: dict[str, Any] = {
+    "temperature": int | float,
+    "top_k": int,
+    "top_p": int | float,
+    "min_p": int | float,
+    "repetition_penalty": int | float,
+    "max_new_tokens": int,
+}
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 MAX_TOKENIZER = 256 << 20  # bytes; the largest in use are about 35 MB
 PIECE = 8 << 20  # bytes hashed at a time
@@ -105,7 +113,7 @@ def check_beside(folder: Path) -> None:
             if not isinstance(data, dict):
                 raise CheckpointError(f"{path}: expected a JSON object, found {'null' if data is None else type(data).__name__}")
             if path.name == "generation_config.json":
-                _check_end_tokens(path, data.get("eos_token_id"))
+                _check_generation(path, data)
         elif path.suffix == ".jinja":
             try:
                 path.read_bytes().decode("utf-8")
@@ -121,7 +129,14 @@ def _beside(folder: Path) -> list[Path]:
     return [file for file in names if file.is_file()]
 
 
-def _check_end_tokens(path: Path, found: Any) -> None:
+def _check_generation(path: Path, data: dict[str, Any]) -> None:
+    """The values of generation_config.json that an engine reads are of the right type; ranges are checked where they are used."""
+    for key, wanted in SAMPLING.items():
+        value = data.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+            what = "a whole number" if wanted is int else "a number"
+            raise CheckpointError(f"{path}: {key} is {repr(value)[:60]}; it must be {what}")
+    found = data.get("eos_token_id")
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
         raise CheckpointError(f"{path}: eos_token_id is {repr(found)[:60]}; it must be a token id or a list of them")

@@ -98,7 +98,7 @@ def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
             del config["hydra"]
         data = OmegaConf.to_container(config, resolve=True)
     except MissingConfigException as error:
-        raise ConfigError(_first_line(error) + _instead(error, folders)) from None
+        raise ConfigError(_missing(error, folders)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_translate(error, overrides)) from None
     except RecursionError:
@@ -253,11 +253,16 @@ def _unreadable(override: str) -> str:
     )
 
 
-def _instead(error: MissingConfigException, folders: list[Path]) -> str:
-    """What there is in place of a file that a defaults list names and that is not there."""
-    group, _, name = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+def _missing(error: MissingConfigException, folders: list[Path]) -> str:
+    """Which file a defaults list names that is not there, and what is."""
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
+    group, _, name = missing.rpartition("/")
     allowed = files.options(group, folders) if group else []
-    return f"; pick one of {', '.join(allowed)}{did_you_mean(name, allowed)}" if allowed else ""
+    if not allowed:
+        return _first_line(error)
+    named = re.match(r"In '([^']+)'", str(error))
+    where = f"conf/{named[1]}.yaml: " if named else ""
+    return f"{where}defaults: there is no {missing}; pick one of {', '.join(allowed)}{did_you_mean(name, allowed)}"
 
 
 def _short(text: str) -> str:
