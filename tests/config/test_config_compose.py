@@ -451,6 +451,15 @@ def test_references_to_keys_are_resolved(mine: Path) -> None:
     refuse(["models=mine"], "hydra.job.name")
 
 
+def test_references_that_multiply_are_refused_before_they_are_resolved() -> None:
+    names = [f"model.tensors.model.a{number}" for number in range(40)]
+    bomb = [f"+{names[0]}=x"] + [f"+{one}='${{{other}}}${{{other}}}'" for other, one in itertools.pairwise(names)]
+    start = time.process_time()
+    refuse(bomb, "78 references to other keys (${...}); at most 16 are resolved")
+    assert time.process_time() - start < 5
+    assert compose(bomb[:9]).model.tensors.model["a8"] == "x" * 256
+
+
 def test_import_paths_are_refused(mine: Path) -> None:
     for line in ("_target_: os.system", "rope: {_target_: os.system}", "tensors: {model: {_target_: os.system}}",
                  "architectures: {X: {defaults: {_target_: os.system}}}"):  # fmt: skip

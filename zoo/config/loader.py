@@ -40,6 +40,7 @@ OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 LONGEST = 8192  # characters of an override: Hydra's parser takes time that grows with the square
 MOST_VALUES = 10_000  # of a sweep
+MOST_REFERENCES = 16  # in a composed config: one that holds others twice doubles them, and 16 make at most some 300 copies
 
 
 @dataclass
@@ -96,6 +97,12 @@ def load(overrides: Sequence[str], folders: list[Path]) -> Composed:
         config = loader.load_configuration("config", [*given, "hydra.job.name=zoo"], RunMode.RUN, from_shell=False)
         with open_dict(config):
             del config["hydra"]
+        found = _references(OmegaConf.to_container(config, resolve=False))
+        if found > MOST_REFERENCES:
+            raise ConfigError(
+                f"{found} references to other keys (${{...}}); at most {MOST_REFERENCES} are resolved, since they can multiply. "
+                "Write the values out"
+            )
         data = OmegaConf.to_container(config, resolve=True)
     except MissingConfigException as error:
         raise ConfigError(_missing(error, folders)) from None
@@ -251,6 +258,14 @@ def _unreadable(override: str) -> str:
         "the value cannot be read; a list is written [a,b], and a text with spaces, commas, ~, quotes or other special "
         f"characters is put into quotes, with others around it for the shell: {instead}"
     )
+
+
+def _references(data: Any) -> int:
+    if isinstance(data, dict):
+        return sum(map(_references, data.values()))
+    if isinstance(data, list):
+        return sum(map(_references, data))
+    return data.count("${") if isinstance(data, str) else 0
 
 
 def _missing(error: MissingConfigException, folders: list[Path]) -> str:
