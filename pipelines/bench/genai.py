@@ -157,15 +157,14 @@ def generating(checkpoint: Path, work: Path, threads: int, rounds: int, count: i
                     rates[index].append(number * count / answers[index]["seconds"])
                 agree &= [tokens[:4] for tokens in answers[0]["tokens"]] == [tokens[:4] for tokens in answers[1]["tokens"]]
             middle = [median(rate) for rate in rates]
-            rows.append(
-                Row(
-                    f"decode, {number} sequence{'s' * (number > 1)}, tokens/s: median of {rounds} (best)",
-                    *(f"{m:.2f} ({max(rate):.2f})" for m, rate in zip(middle, rates, strict=True)),
-                    goal=">=",
-                    met=middle[0] >= middle[1],
-                )
-            )
-            rows.append(Row(f"decode, {number}: the same first tokens", str(agree), str(agree), "equal", agree))
+            ratio = median(mine / theirs for mine, theirs in zip(*rates, strict=True))
+            both = [f"{m:.2f} ({max(rate):.2f})" for m, rate in zip(middle, rates, strict=True)]
+            what = f"decode, {number} sequence{'s' * (number > 1)}, tokens/s: median of {rounds} (best)"
+            rows += [
+                Row(what, *both, goal=">=", met=middle[0] >= middle[1]),
+                Row(f"decode, {number}: ours / theirs, median of rounds", f"{ratio:.3f}", ""),
+                Row(f"decode, {number}: the same first tokens", str(agree), str(agree), "equal", agree),
+            ]
     finally:
         for worker in workers:
             worker.close()
