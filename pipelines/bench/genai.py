@@ -114,8 +114,7 @@ def building(checkpoint: Path, work: Path, parts: list[str]) -> list[Row]:
 
 def generating(checkpoint: Path, work: Path, threads: int, rounds: int, count: int, prefill: int) -> list[Row]:
     """Part generate: two workers, one order at a time, the order of the two drawn anew each round."""
-    if not (work / "build.log").exists() or not (work / "registry").exists():
-        run(ours("build", str(checkpoint), str(work / "registry")), work / "build.log")
+    run(ours("build", str(checkpoint), str(work / "registry")), work / "build.log")  # finds what is built already
     ref = str(last_json(work / "build.log")["ref"])
     if not (work / "fp32" / "genai_config.json").exists():
         peer_build(checkpoint, work / "fp32", "fp32", work)
