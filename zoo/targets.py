@@ -20,6 +20,7 @@ class Target:
                     to [B, L] by index inputs, contexts gathered once a sequence), "plugin"
     dtypes          compute types it can run
     fused_matmul    it has com.microsoft FusedMatMul, so weights may stay [out, in] as checkpoints store them
+    narrow_lookups  it looks rows up in a half-precision table where it computes in float32
     float8_pool     a KV pool of float8 values is possible
     sms             SM versions it builds for; empty: not a GPU target
     """
@@ -29,12 +30,13 @@ class Target:
     attention: str
     dtypes: tuple[str, ...]
     fused_matmul: bool = False
+    narrow_lookups: bool = False
     float8_pool: bool = False
     sms: tuple[int, ...] = ()
 
 
 TARGETS: dict[str, Target] = {
-    "onnxruntime": Target("onnxruntime", "function", "loop", ("float32",), fused_matmul=True),
+    "onnxruntime": Target("onnxruntime", "function", "loop", ("float32",), fused_matmul=True, narrow_lookups=True),
     "tensorrt_rtx": Target("tensorrt_rtx", "inline", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 120, 121)),
     # Until plugins for it exist, datacenter TensorRT takes what TensorRT-RTX takes, which builds and is compared here.
     "tensorrt": Target("tensorrt", "plugin", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 90, 100, 120)),

@@ -23,7 +23,17 @@ from zoo.targets import TARGETS
 
 SPEC = attention_spec(4, 2, 8)
 QKV = ["layer.0.q.out", "layer.0.k.out", "layer.0.v.out", "kv.0"]
-LOOP_INPUTS = ["pool_writes", "context_blocks", "row_positions", "work_items", "decode_step", "decode_slots", "decode_bias"]
+LOOP_INPUTS = [
+    "pool_writes",
+    "pool_blanks",
+    "context_blocks",
+    "row_positions",
+    "work_items",
+    "decode_step",
+    "decode_keys",
+    "decode_values",
+    "decode_bias",
+]
 PADDED_INPUTS = ["pool_slots", "query_rows", "token_rows"]
 
 

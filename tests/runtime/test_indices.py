@@ -31,6 +31,7 @@ def test_pool_slots_are_block_half_and_place() -> None:
 def test_pool_writes_end_with_the_rest_of_each_last_block() -> None:
     got = indices.pool_writes(batch(), LIMITS)
     places = [(3, 2), (3, 3), (2, 1), (2, 2), (2, 3), (11, 3)]
+    assert indices.pool_blanks(batch(), LIMITS).tolist() == [0, 0, 0, 0, len(places), 0, 0, 0]
     assert got[:9].tolist() == indices.pool_slots(batch(), LIMITS).tolist()
     assert got[9:].tolist() == [[[block, 0, place], [block, 1, place]] for block, place in places]
 
@@ -71,7 +72,8 @@ def decode() -> Batch:
 def test_decode_steps_have_one_token_a_sequence() -> None:
     assert indices.decode_step(decode(), LIMITS).item() is True
     assert indices.decode_step(batch(), LIMITS).item() is False
-    assert indices.decode_slots(batch(), LIMITS).shape == (2, 0, 3, 3) and indices.decode_bias(batch(), LIMITS).shape == (3, 0)
+    assert indices.decode_keys(batch(), LIMITS).shape == indices.decode_values(batch(), LIMITS).shape == (0, 3, 3)
+    assert indices.decode_bias(batch(), LIMITS).shape == (3, 0)
 
 
 def test_decode_steps_bound_what_padding_costs() -> None:
@@ -82,10 +84,11 @@ def test_decode_steps_bound_what_padding_costs() -> None:
 
 
 def test_decode_slots_repeat_the_last_position_and_the_bias_hides_it() -> None:
-    slots, bias = indices.decode_slots(decode(), LIMITS), indices.decode_bias(decode(), LIMITS)
-    assert slots.shape == (2, 10, 3, 3) and bias.shape == (3, 10) and bias.dtype == np.float32
-    assert slots[0, :, 0].tolist() == [[7, 0, p] for p in range(4)] + [[3, 0, p] for p in (0, 1, 2, 2, 2, 2)]
-    assert slots[1, :, 2].tolist() == [[11, 1, p] for p in (0, 1, 2, 3, 3, 3, 3, 3, 3, 3)]
+    keys, values = indices.decode_keys(decode(), LIMITS), indices.decode_values(decode(), LIMITS)
+    bias = indices.decode_bias(decode(), LIMITS)
+    assert keys.shape == values.shape == (10, 3, 3) and bias.shape == (3, 10) and bias.dtype == np.float32
+    assert keys[:, 0].tolist() == [[7, 0, p] for p in range(4)] + [[3, 0, p] for p in (0, 1, 2, 2, 2, 2)]
+    assert values[:, 2].tolist() == [[11, 1, p] for p in (0, 1, 2, 3, 3, 3, 3, 3, 3, 3)]
     assert np.isneginf(bias).sum(axis=1).tolist() == [3, 0, 6] and (bias[1] == 0).all()
 
 
@@ -123,12 +126,14 @@ def test_every_builder_takes_one_token() -> None:
     assert shapes == {
         "pool_slots": (1, 2, 3),
         "pool_writes": (4, 2, 3),
+        "pool_blanks": (8,),
         "context_blocks": (2, 1, 2),
         "row_positions": (1,),
         "work_items": (1, 7),
         "query_rows": (1, 1),
         "token_rows": (1,),
         "decode_step": (),
-        "decode_slots": (2, 1, 1, 3),
+        "decode_keys": (1, 1, 3),
+        "decode_values": (1, 1, 3),
         "decode_bias": (1, 1),
     }

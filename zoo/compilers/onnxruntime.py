@@ -73,6 +73,8 @@ class OnnxRuntimeCompiler(Compiler):
         report("compile", 0, 2)
         abi = abi_of(graph, build)
         check_sources(graph.weights.values(), tensors, scales)
+        if tensors is not None:
+            widen_tables(graph, tensors)
         model, table = bind_later(graph)
         report("compile", 1, 2)
         (workdir / TABLE_FILE).write_text(json.dumps(table, sort_keys=True))
@@ -191,6 +193,20 @@ def check_sources(weights: Any, tensors: Tensors | None, scales: Mapping[str, fl
                 wrong.add(f"{weight.name} needs the scale {leaf['name']!r}, which calibration did not give")
     if wrong:
         raise CompileError("the graph and its weights do not fit:\n  " + "\n  ".join(sorted(wrong)))
+
+
+def widen_tables(graph: ModelGraph, tensors: Tensors) -> None:
+    """Make half-precision weights float32 where the checkpoint's file holds them so, whatever the model says of its dtype.
+
+    Each is a table that a Cast follows (``zoo.passes.narrow_lookups``); nothing else in a float32 graph is narrower.
+    """
+    for weight in list(graph.weights.values()):
+        held = {tensors.dtype(leaf["name"]) for leaf in weight.recipe.leaves("tensor")}
+        if weight.dtype in ("bfloat16", "float16") and held - {weight.dtype}:
+            variable = graph.variable(weight.name)
+            (gather,) = variable.outputs
+            graph.replace_weight(variable, Weight(weight.name, "float32", weight.recipe))
+            gather.outputs[0].dtype = ONNX_TYPES["float32"]
 
 
 def step_scratch(graph: ModelGraph, tokens: int, context: int) -> int:

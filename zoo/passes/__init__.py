@@ -10,6 +10,7 @@ from zoo.passes.frame import Pass, PassContext, run
 from zoo.passes.fuse_linears import FuseLinears
 from zoo.passes.lower_attention import LowerAttention
 from zoo.passes.lower_matmul import LowerMatMul
+from zoo.passes.narrow_lookups import NarrowLookups
 from zoo.passes.paged_attention import InsertPagedAttention
 from zoo.passes.quantize_fp8 import QuantizeFp8
 from zoo.spec import BuildSpec
@@ -29,6 +30,7 @@ PASSES: tuple[Pass, ...] = (
     QuantizeFp8(),
     # lowering: zoo ops and linear layers in the form that the target runs best
     LowerAttention(),
+    NarrowLookups(),  # before LowerMatMul, which would let a tied head share the embedding's float32 form
     LowerMatMul(),
 )
 

@@ -38,11 +38,23 @@ def pool_writes(batch: Batch, limits: EngineLimits) -> Indices:
     The newest token was written by this step, so nobody else reads that block: the lowering fills the rest of it with
     zeros, and what an earlier owner left there cannot reach a sum.
     """
-    active = np.diff(batch.query_starts) > 0
-    last = batch.kv_lengths[active].astype(np.int64) - 1
-    block = batch.block_tables[GROUP][active][np.arange(len(last)), last // limits.block_size]
+    active, last = _newest(batch)
+    block = batch.block_tables[GROUP][active, last // limits.block_size]
     row, place = np.nonzero(np.arange(limits.block_size) > (last % limits.block_size)[:, None])
     return np.concatenate([pool_slots(batch, limits), _slots(block[row], place)])
+
+
+def pool_blanks(batch: Batch, limits: EngineLimits) -> Indices:
+    """[8] int64: the pads that make T rows of new keys and values [T, 2, K, D] the S rows of ``pool_writes``."""
+    pads = np.zeros(8, np.int64)
+    pads[4] = (limits.block_size - 1 - _newest(batch)[1] % limits.block_size).sum()
+    return pads
+
+
+def _newest(batch: Batch) -> tuple[Indices, Indices]:
+    """The sequences with tokens in this step, and the positions of their newest."""
+    active = np.flatnonzero(np.diff(batch.query_starts))
+    return active, batch.kv_lengths[active].astype(np.int64) - 1
 
 
 def context_blocks(batch: Batch, limits: EngineLimits) -> Indices:
@@ -105,18 +117,22 @@ def decode_step(batch: Batch, limits: EngineLimits) -> Indices:
     return np.array(single and padded <= TOGETHER and padded <= 2 * int(lengths.sum()))
 
 
-def decode_slots(batch: Batch, limits: EngineLimits) -> Indices:
-    """[2, N, B, 3] int64: where each position's key and value lie, as (block, 0 or 1, place); N is 0 unless ``decode_step``.
+def decode_keys(batch: Batch, limits: EngineLimits) -> Indices:
+    """[N, B, 3] int64: where each position's key lies, as (block, 0, place); N is 0 unless ``decode_step``.
 
     Positions behind a context name its last one, which is as finite as the sequence.
     """
-    position = _decode_positions(batch, limits)
-    clipped = np.minimum(position, batch.kv_lengths.astype(np.int64) - 1)
-    block = batch.block_tables[GROUP][np.arange(clipped.shape[1]), clipped // limits.block_size]
-    out = np.zeros((2, *clipped.shape, 3), np.int64)
-    out[..., 0] = block
-    out[1, ..., 1] = 1
-    out[..., 2] = clipped % limits.block_size
+    position = np.minimum(_decode_positions(batch, limits), batch.kv_lengths.astype(np.int64) - 1)
+    out = np.zeros((*position.shape, 3), np.int64)
+    out[..., 0] = batch.block_tables[GROUP][np.arange(position.shape[1]), position // limits.block_size]
+    out[..., 2] = position % limits.block_size
+    return out
+
+
+def decode_values(batch: Batch, limits: EngineLimits) -> Indices:
+    """[N, B, 3] int64: ``decode_keys`` with 1 in the middle: where each position's value lies."""
+    out = decode_keys(batch, limits)
+    out[..., 1] = 1
     return out
 
 
@@ -164,11 +180,13 @@ def _blocks(lengths: Indices, limits: EngineLimits) -> Indices:
 INDEX_BUILDERS: dict[str, Callable[[Batch, EngineLimits], Indices]] = {
     "pool_slots": pool_slots,
     "pool_writes": pool_writes,
+    "pool_blanks": pool_blanks,
     "context_blocks": context_blocks,
     "row_positions": row_positions,
     "work_items": work_items,
     "decode_step": decode_step,
-    "decode_slots": decode_slots,
+    "decode_keys": decode_keys,
+    "decode_values": decode_values,
     "decode_bias": decode_bias,
     "query_rows": query_rows,
     "token_rows": token_rows,

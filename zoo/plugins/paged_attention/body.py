@@ -33,10 +33,9 @@ SIZES = """
 
 # This step's keys and values side by side, as the pool stores them: fresh [T, 2, K, D].
 FRESH = """
-  fresh_shape = Concat <axis = 0> (rest_d, one_d, Kd, Dd)
-  k_rows = Reshape (k, fresh_shape)
-  v_rows = Reshape (v, fresh_shape)
-  fresh = Concat <axis = 1> (k_rows, v_rows)
+  fresh_shape = Concat <axis = 0> (rest_d, two_d, Kd, Dd)
+  k_then_v = Concat <axis = -1> (k, v)
+  fresh = Reshape (k_then_v, fresh_shape)
 """
 
 BODY = """

@@ -8,14 +8,14 @@ Nothing is allocated for all tokens at once: an iteration gathers the blocks of 
 - Blocks are gathered whole (2 x faster than token by token). What a block holds behind its sequence's last token must not
   reach the sums, so the one ScatterND that writes the new tokens also writes zeros there: at most block_size - 1 rows a
   sequence, in the block that its newest token makes its own. Masking gathered values instead copies all of them.
-- Everything that is the same for all tiles stands before the Loop, where ONNX Runtime shares it between layers.
+- What only the Loop needs stands beside it in the else branch of the If, so that a decode step launches none of it.
 - An iteration costs some 25 node launches, which short contexts feel. A step in which every sequence has one token and
   contexts are short takes the other branch of an If: contexts gathered token by token into [N, B, K, D], N the longest,
   and all sequences multiplied at once. Layers with a window or a soft cap always loop.
 
-Index inputs: pool_writes [S, 2, 3] (new tokens, then the zeros), context_blocks [2, C, 2] (block of each context, for keys
-and for values), row_positions [T], work_items [W, 7], decode_step [], decode_slots [2, N, B, 3], decode_bias [B, N] (see
-``zoo.runtime.indices``).
+Index inputs: pool_writes [S, 2, 3] (new tokens, then the zeros), pool_blanks [8] (pads T rows to S), context_blocks [2, C, 2]
+(block of each context, for keys and for values), row_positions [T], work_items [W, 7], decode_step [], decode_keys and
+decode_values [N, B, 3], decode_bias [B, N] (see ``zoo.runtime.indices``).
 """
 
 from __future__ import annotations
@@ -29,27 +29,26 @@ from zoo.graph import IndexInput
 from zoo.plugins.contract import Lowering
 from zoo.plugins.paged_attention.body import FRESH, SIZES, function
 
-INDEX = ("pool_writes", "context_blocks", "row_positions", "work_items", "decode_step", "decode_slots", "decode_bias")
+WRITES = ("pool_writes", "pool_blanks")
+INDEX = (*WRITES, "context_blocks", "row_positions", "work_items", "decode_step", "decode_keys", "decode_values", "decode_bias")
 INPUTS = ("q", "k", "v", "kv", *INDEX)
 
 WRITE = """
-  S = Shape <start = 0, end = 1> (pool_writes)
-  T = Shape <start = 0, end = 1> (fresh)
-  blank_rows = Sub (S, T)
-  blank_shape = Concat <axis = 0> (blank_rows, two_d, Kd, Dd)
-  blank = ConstantOfShape (blank_shape)
-  written = Concat <axis = 0> (fresh, blank)
+  written = Pad (fresh, pool_blanks)
   kv_out = ScatterND (kv, pool_writes, written)
 """
 
-# rows [T * G, 1] the position of each query; columns [longest context]
-PREPARE = """
+# shapes of constants only: ONNX Runtime folds them
+SHAPES = """
   split_shape = Concat <axis = 0> (rest_d, Kd, Gd, Dd)
   rows_shape = Concat <axis = 0> (Kd, rest_d, Dd)
   context_shape = Concat <axis = 0> (rest_d, Kd, Dd)
   mixed_shape = Concat <axis = 0> (Kd, rest_d, Gd, Dd)
   out_shape = Concat <axis = 0> (one_d, rest_d, HDd)
+"""
 
+# rows [T * G, 1] the position of each query; columns [longest context]
+PREPARE = """
   ones = Constant <value_ints = [1, 1, 1, 1, 1]> ()
   columns_of_item = Concat <axis = 0> (Gd, Gd, ones)
   items = Mul (work_items, columns_of_item)
@@ -131,20 +130,18 @@ TILE_LOOP = """
   {out} = Reshape (mixed_by_token, out_shape)
 """
 
-# scores [B, K, G, N]; what is the same for all layers stands before the If
+# scores [B, K, G, N]; ONNX Runtime shares the nodes before the If between layers, where they read the same inputs
 TOGETHER = """
-  key_slots = Gather (decode_slots, zero)
-  value_slots = Gather (decode_slots, one)
   middle = Constant <value_ints = [1, 2]> ()
   decode_mask = Unsqueeze (decode_bias, middle)
   out = If (decode_step) <
     then_branch = together () => (float[U, B, HD] out_together) {{
       d_query = Reshape (q, split_shape)
-      d_keys = GatherND (kv_out, key_slots)
+      d_keys = GatherND (kv_out, decode_keys)
       d_raw = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (d_query, d_keys)
       d_masked = Add (d_raw, decode_mask)
       d_weight = Softmax <axis = -1> (d_masked)
-      d_values = GatherND (kv_out, value_slots)
+      d_values = GatherND (kv_out, decode_values)
       d_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (d_weight, d_values)
       out_together = Reshape (d_mixed, out_shape)
     }},
@@ -157,9 +154,8 @@ def loop(attrs: Mapping[str, Any]) -> onnx.FunctionProto:
     """The function for one node's attributes: windows and soft caps cost nothing where there are none. float32 only."""
     window, softcap = attrs["window"] > 0, attrs["softcap"] > 0
     op = "ZooPagedAttentionLoop" + "Window" * window + "Softcap" * softcap
-    prepare = PREPARE.format(window=WINDOW_PREPARE if window else "")
     together = not (window or softcap)
-    tiles = TILE_LOOP.format(
+    tiles = PREPARE.format(window=WINDOW_PREPARE if window else "") + TILE_LOOP.format(
         divide="cap = Constant <value_float: float = @softcap> ()\n  q_small = Div (q_scaled, cap)" if softcap else "",
         scaled="q_small" if softcap else "q_scaled",
         trim=WINDOW_TRIM if window else "",
@@ -175,7 +171,7 @@ def loop(attrs: Mapping[str, Any]) -> onnx.FunctionProto:
         out="out_apart" if together else "out",
     )
     steps = TOGETHER.format(tiles=tiles) if together else tiles
-    return function(op, INPUTS, SIZES + FRESH + WRITE + prepare + steps, ', "com.microsoft" : 1')
+    return function(op, INPUTS, SIZES + FRESH + WRITE + SHAPES + steps, ', "com.microsoft" : 1')
 
 
 LOOP = Lowering(
@@ -184,11 +180,13 @@ LOOP = Lowering(
     function=loop,
     index_inputs=(
         IndexInput("pool_writes", "int64", ("S", 2, 3)),
+        IndexInput("pool_blanks", "int64", (8,)),
         IndexInput("context_blocks", "int64", (2, "C", 2)),
         IndexInput("row_positions", "int64", ("T",)),
         IndexInput("work_items", "int64", ("W", 7)),
         IndexInput("decode_step", "bool", ()),
-        IndexInput("decode_slots", "int64", (2, "N", "B", 3)),
+        IndexInput("decode_keys", "int64", ("N", "B", 3)),
+        IndexInput("decode_values", "int64", ("N", "B", 3)),
         IndexInput("decode_bias", "float32", ("B", "N")),
     ),
     domains=("com.microsoft",),

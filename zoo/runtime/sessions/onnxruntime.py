@@ -11,7 +11,8 @@ Measured on two cores, float32: packing, the default, is worth a factor of two a
 own. Between two parallel sections the other threads spin for a while before they sleep; ONNX Runtime's default is long
 enough to take half of the machine from others, and from this session itself when it does not have the cores alone (decode
 of a 0.28 G-parameter model beside a busy process: 98 ms a step, 53 ms when they spin for 20 us, the same 45 ms for either on
-an idle machine). Memory arena, patterns, huge pages, optimization level and the allocator of initializers change nothing.
+an idle machine). Huge pages: ``hugepages.py``. Memory arena, patterns, optimization level and the allocator of initializers
+change nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from zoo.errors import ArtifactError, EngineError, IncompatibleError, ResourceEr
 from zoo.resources import check_disk, check_memory, size_text
 from zoo.runtime.abi import Batch, EngineLimits, Int32, StepResult
 from zoo.runtime.indices import INDEX_BUILDERS
-from zoo.runtime.sessions import check_threads, most_threads
+from zoo.runtime.sessions import check_threads, hugepages, most_threads
 from zoo.spec import digest_of
 from zoo.weights.bind import packed_layout, write_packed
 from zoo.weights.reader import Tensors
@@ -70,6 +71,7 @@ class OrtSession:
         check_memory(table["size"] + SPARE, f"running {manifest.model} {manifest.profile}")
         self._pools = {cache.name: _pool(cache.shape, fill) for cache in self._abi.caches}
         self._session: Any = _load(folder, table, weights, self.threads)
+        hugepages.collapse()
         self._binding = self._session.io_binding()
         for name, pool in self._pools.items():
             place = ("cpu", 0, np.float32, pool.shape, pool.ctypes.data)

@@ -218,7 +218,7 @@ def _libraries(manifest: EngineManifest) -> tuple[Any, Any]:
         raise UnavailableError(f"the engine needs {name}; install it with `pip install 'engine-zoo[{EXTRAS[name]}]'`")
     check_compatible(manifest, machine)
     try:
-        from cuda.bindings import runtime as cudart  # type: ignore[import-not-found, unused-ignore]
+        from cuda.bindings import runtime as cudart
     except ImportError as error:
         raise UnavailableError(f"the engine needs cuda-python ({error}); {CUDA}") from None
     try:
