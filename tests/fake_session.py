@@ -1,6 +1,6 @@
-"""A session without a model, for the scheduler and the engine loop.
+"""Sessions without a model, for the scheduler and the engine loop: one that gives logits, one that samples.
 
-It keeps a paged pool as a real engine does, but of token ids: each step writes its tokens into the slots that the block
+They keep a paged pool as real engines do, but of token ids: each step writes its tokens into the slots that the block
 table and the positions name, then reads every sequence back from its slots and makes logits from exactly what it read. A wrong
 table, position or length changes the tokens that come out. Slots nobody wrote hold POISON.
 """
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections import deque
 
 import numpy as np
 
-from zoo.runtime.abi import Batch, EngineLimits, StepResult
+from zoo.runtime.abi import HOST, SAMPLING, STEPS_AHEAD, Batch, EngineLimits, Sampling, StepResult
 from zoo.runtime.engine import Engine
 from zoo.runtime.request import CompletionOutput, SamplingParams
+from zoo.runtime.sampler import candidates
 
 POISON = -(2**31)
+GARBAGE = -1  # the id of NaN logits
+ARRAYS = ("token_ids", "positions", "query_starts", "kv_lengths", "logit_rows")
 END = 1  # its logit is raised now and then, so that some sequences end by themselves
 
 
@@ -97,6 +101,100 @@ class FakeSession:
 
     def close(self) -> None:
         self.closed = True
+
+
+class FakeSampler(FakeSession):
+    """A fake session that samples: what a step does, it does when its result is asked for, in order of submits.
+
+    A row with a temperature draws from the candidates of ``zoo.runtime.sampler``, by seed and counter alone; what the device
+    gives for a row of the host is GARBAGE. ``fail_submit`` is raised by the next submit, which does nothing; ``fail_result``
+    by the next result.
+    """
+
+    samples = True
+
+    def __init__(self, limits: EngineLimits, vocab_size: int = 50, end_bias: float = 0.5) -> None:
+        super().__init__(limits, vocab_size, end_bias)
+        self.fail_submit: BaseException | None = None
+        self.fail_result: BaseException | None = None
+        self.most_open = 0
+        self.open: deque[FakeTicket] = deque()
+        self._last: tuple[Batch, Sampling | None] | None = None  # the step submitted last, None if that failed
+        self._sampled: np.ndarray | None = None  # what the step that ran last gave, None if it failed
+
+    def submit(self, batch: Batch, sampling: Sampling | None = None) -> FakeTicket:
+        if self.fail_submit is not None:
+            self._last, error, self.fail_submit = None, self.fail_submit, None
+            raise error
+        assert len(self.open) <= STEPS_AHEAD
+        batch = dataclasses.replace(
+            batch,
+            **{name: getattr(batch, name).copy() for name in ARRAYS},
+            block_tables={"full": batch.block_tables["full"].copy()},
+        )
+        for name in set(-1 - batch.token_ids[batch.token_ids < 0]):
+            assert self._last is not None and self._last[1] is not None, "there is no step before, or it has no tokens"
+            assert name < len(self._last[0].logit_rows) and name not in self._last[1].host_rows
+        if sampling is not None:
+            sampling = Sampling(sampling.rows.copy(), sampling.host_rows.copy(), sampling.greedy)
+            assert sampling.rows.dtype == SAMPLING and len(sampling.rows) == len(batch.logit_rows)
+            assert np.flatnonzero(sampling.rows["flags"] & HOST).tolist() == sampling.host_rows.tolist()
+            drawn = np.delete(sampling.rows["temperature"], sampling.host_rows)
+            assert sampling.greedy == (not drawn.any())
+        self._last = (batch, sampling)
+        self.open.append(FakeTicket(self, batch, sampling))
+        self.most_open = max(self.most_open, len(self.open))
+        return self.open[-1]
+
+    def run(self, batch: Batch, sampling: Sampling | None) -> StepResult:
+        named = batch.token_ids < 0
+        if named.any():  # what a step that failed has left there is not looked at: 0 will do
+            before = np.zeros(self.limits.max_rows, np.int32) if self._sampled is None else self._sampled
+            batch.token_ids[named] = np.maximum(before[-1 - batch.token_ids[named]], 0)
+        self._sampled = None
+        logits = super().step(batch).logits
+        assert logits is not None
+        if self.fail_result is not None:
+            error, self.fail_result = self.fail_result, None
+            raise error
+        if sampling is None:
+            return StepResult(logits=logits)
+        ids = np.array([fake_sample(row, record) for row, record in zip(logits, sampling.rows, strict=True)], np.int32)
+        ids[sampling.host_rows] = GARBAGE
+        self._sampled = ids
+        return StepResult(logits=logits[sampling.host_rows] if len(sampling.host_rows) else None, token_ids=ids.copy())
+
+    def step(self, batch: Batch) -> StepResult:
+        return self.submit(batch).result()
+
+    def close(self) -> None:
+        self.open.clear()
+        super().close()
+
+
+class FakeTicket:
+    """A step of a ``FakeSampler``, to be asked for its result once and in order."""
+
+    def __init__(self, session: FakeSampler, batch: Batch, sampling: Sampling | None) -> None:
+        self._run = lambda: session.run(batch, sampling)
+        self._open = session.open
+
+    def result(self) -> StepResult:
+        assert self._open[0] is self, "asked for out of order, or twice"
+        self._open.popleft()
+        return self._run()
+
+
+def fake_sample(logits: np.ndarray, record: np.ndarray) -> int:
+    """What a ``FakeSampler`` gives for a row [V] with a ``SAMPLING`` record."""
+    if not np.isfinite(logits.max()):
+        return -1
+    if not record["temperature"]:
+        return int(logits.argmax())
+    values = {name: float(record[name]) for name in ("temperature", "top_p", "min_p")}
+    ids, weights = candidates(logits, SamplingParams(**values, top_k=int(record["top_k"])))
+    random = np.random.default_rng([*record["seed"].tolist(), int(record["counter"])])
+    return int(random.choice(ids, p=weights))
 
 
 def fake_logits(tokens: list[int], vocab_size: int, end_bias: float = 0.5) -> np.ndarray:

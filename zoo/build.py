@@ -115,7 +115,7 @@ def identify(spec: BuildSpec, checkpoint: Checkpoint | None) -> Identity:
         "threads": spec.threads,
         "compiler": {"name": spec.compiler, "version": COMPILERS[spec.compiler].version()},
     }
-    if spec.quant.method != "none" and checkpoint:
+    if spec.calibrated and checkpoint:
         from zoo.calibration import text_digest
 
         made["calibration"] = text_digest()
@@ -228,13 +228,14 @@ def _rewritten(graph: ModelGraph) -> set[str]:
 def _scales(spec: BuildSpec, checkpoint: Checkpoint | None, identity: Identity, report: Progress) -> dict[str, float]:
     """The activation scales of a quantized engine. They depend on the model and the text only, so the profiles built by
     one process share them."""
-    if spec.quant.method == "none" or not checkpoint:
+    if not spec.calibrated or not checkpoint:
         return {}
     from zoo.calibration import calibrate_checkpoint
 
-    key = f"{identity.version} {spec.quant.calibration_tokens} {identity.made['calibration']}"
+    tokens, cache = spec.quant.calibration_tokens, spec.quant.kv_cache != "none"
+    key = f"{identity.version} {tokens} {cache} {identity.made['calibration']}"
     if key not in _CALIBRATED:
-        _CALIBRATED[key] = calibrate_checkpoint(spec.model, checkpoint, spec.quant.calibration_tokens, report)
+        _CALIBRATED[key] = calibrate_checkpoint(spec.model, checkpoint, tokens, report, cache)
     return dict(_CALIBRATED[key])
 
 

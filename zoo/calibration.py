@@ -56,9 +56,9 @@ def text_digest() -> str:
 
 
 def calibrate_checkpoint(
-    model: ModelSpec, checkpoint: Checkpoint, tokens: int, progress: Progress | None = None
+    model: ModelSpec, checkpoint: Checkpoint, tokens: int, progress: Progress | None = None, cache: bool = False
 ) -> dict[str, float]:
-    """Scales of a checkpoint over the first ``tokens`` tokens of the default text, by its own tokenizer.
+    """Scales of a checkpoint over the first ``tokens`` tokens of the default text, by its own tokenizer; see ``calibrate``.
 
     Raises ConfigError for fewer than one token, CheckpointError when the folder has no tokenizer.json.
     """
@@ -72,11 +72,15 @@ def calibrate_checkpoint(
     from tokenizers import Tokenizer
 
     token_ids = Tokenizer.from_file(str(path)).encode(default_text()).ids[:tokens]
-    return calibrate(model, checkpoint.tensors, token_ids, progress)
+    return calibrate(model, checkpoint.tensors, token_ids, progress, cache)
 
 
-def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], progress: Progress | None = None) -> dict[str, float]:
+def calibrate(
+    model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], progress: Progress | None = None, cache: bool = False
+) -> dict[str, float]:
     """Scale of every linear layer's input: max|x| / 448 over the text; 1.0 for an input that is all zeros.
+
+    ``cache``: also of every layer's keys and values as attention reads them, ``layer.{i}.k_cache`` and ``layer.{i}.v_cache``.
 
     The text runs in chunks of at most 512 tokens, each a sequence from position 0. The same text, threads and machine give
     the same scales.
@@ -92,7 +96,7 @@ def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], prog
             f"{model.vocab_size - 1}; is the tokenizer the model's own?"
         )
     length = min(CHUNK, model.max_positions)
-    graph = observed(expand(fit_names(model, tensors), "float32", length))
+    graph = observed(expand(fit_names(model, tensors), "float32", length), cache)
     names = [variable.name for variable in graph.graph.outputs]
     peaks = np.zeros(len(names), dtype=np.float32)  # of PROBE, the largest sum
     with tempfile.TemporaryDirectory(prefix="zoo-calibration-") as folder:
@@ -112,26 +116,33 @@ def calibrate(model: ModelSpec, tensors: Tensors, token_ids: Sequence[int], prog
     return {name: float(value) for name, value in zip(names, scales, strict=True) if name != PROBE}
 
 
-def observed(graph: ModelGraph) -> ModelGraph:
+def observed(graph: ModelGraph, cache: bool = False) -> ModelGraph:
     """The plain graph, its linear layers fused as engines fuse them, with max|x| of their inputs as outputs, and ``PROBE``.
 
     The probe is there because ONNX Runtime's ReduceMax passes over a NaN among numbers; ReduceSum does not.
     """
     fuse_linears(graph)
     names = activation_names(graph)
+    measured = {}  # name of a scale -> the tensor that it is of
+    for linear in linears(graph):
+        if names[linear.name] == f"{linear.name}.x":  # else another layer reads the same tensor and gave it its name
+            measured[names[linear.name]] = linear.input
+    last = linear.input
+    for node in graph.graph.nodes if cache else ():
+        if node.op == "Attention":
+            layer = node.name.removesuffix(".attention")
+            measured |= {f"{layer}.{role}_cache": tensor for role, tensor in zip("kv", node.inputs[1:3], strict=True)}
     outputs: list[gs.Variable] = []
     nodes: list[gs.Node] = []
-    for linear in linears(graph):
-        name = names[linear.name]
-        if name != f"{linear.name}.x":
-            continue  # another layer reads the same tensor and gave it its name
-        size = gs.Variable(f"{name}.abs", dtype=ONNX_TYPES["float32"])
+    sizes: dict[str, gs.Variable] = {}
+    for name, tensor in measured.items():
+        size = sizes[tensor.name] = gs.Variable(f"{name}.abs", dtype=ONNX_TYPES["float32"])
         peak = gs.Variable(name, dtype=ONNX_TYPES["float32"], shape=[])
-        nodes.append(gs.Node("Abs", f"{name}.abs", inputs=[linear.input], outputs=[size]))
+        nodes.append(gs.Node("Abs", f"{name}.abs", inputs=[tensor], outputs=[size]))
         nodes.append(gs.Node("ReduceMax", f"{name}.max", attrs={"keepdims": 0}, inputs=[size], outputs=[peak]))
         outputs.append(peak)
     probe = gs.Variable(PROBE, dtype=ONNX_TYPES["float32"], shape=[])
-    nodes.append(gs.Node("ReduceSum", PROBE, attrs={"keepdims": 0}, inputs=[size], outputs=[probe]))
+    nodes.append(gs.Node("ReduceSum", PROBE, attrs={"keepdims": 0}, inputs=[sizes[last.name]], outputs=[probe]))
     outputs.append(probe)
     graph.graph.nodes.extend(nodes)
     graph.graph.outputs = outputs

@@ -94,6 +94,7 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
         add("--seed", type=int)
     if name in ("generate", "serve", "bench"):
         add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+        add("--checkpoint", metavar="FOLDER", help="of an engine that was built without one: the Hugging Face folder")
     if name == "serve":
         add("--host", default="127.0.0.1")
         add("--port", type=_port, default=8000, metavar="N", help="0 takes a free one")

@@ -45,6 +45,7 @@ class LLM:
     quant, hardware  of a folder: what to build, by default "none" and "cpu"; of a REF: only engines built for these
     registry         folder of the registry; by default the user's own
     threads          of a CPU engine, at most 4 for each core; 0: all cores
+    checkpoint       of an engine that was built without one: the Hugging Face folder it is served with
     limits           of a folder: limits of the build (max_context=2048, max_sequences=8, ...); of a REF: lower limits than
                      the engine's own, for scheduling; with fewer max_blocks less of the KV pools is ever touched
 
@@ -58,6 +59,7 @@ class LLM:
         hardware: str | None = None,
         registry: str | Path | None = None,
         threads: int = 0,
+        checkpoint: str | Path | None = None,
         **limits: int,
     ) -> None:
         _check_options(model, threads, limits)
@@ -73,9 +75,10 @@ class LLM:
             ref = _select(store, str(model), quant, hardware)
         opened = store.open(ref)
         try:
-            session = open_session(opened.folder, opened.manifest, threads, limits.get("max_blocks", 0))
+            folder = Path(checkpoint) if checkpoint is not None else None
+            session = open_session(opened.folder, opened.manifest, threads, limits.get("max_blocks", 0), folder)
             try:
-                self._start(session, opened.folder / "tokenizer", limits)
+                self._start(session, folder or opened.folder / "tokenizer", limits)
             except BaseException:
                 session.close()
                 raise

@@ -24,6 +24,7 @@ POSITIONS = ("rope", "learned")
 QK_NORMS = ("none", "head")
 ROPE_KINDS = ("default", "linear", "llama3")
 QUANT_METHODS = ("none", "fp8")
+KV_CACHES = ("none", "fp8")
 COMPILERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
 
 
@@ -183,16 +184,21 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How linear layers are quantized. ``fp8``: weights float8e4m3 per output channel, activations per tensor, static."""
+    """How linear layers are quantized. ``fp8``: weights float8e4m3 per output channel, activations per tensor, static.
+
+    ``kv_cache`` fp8: keys and values are kept as float8e4m3, each layer with one static scale for keys and one for values.
+    """
 
     name: str
     method: str = "none"
     skip: tuple[str, ...] = ("lm_head",)  # linear roles left in the compute type
     calibration_tokens: int = 4096
+    kv_cache: str = "none"
 
     def __post_init__(self) -> None:
         _label("quant", self.name)
         _pick(f"quant {self.name!r}", "method", self.method, QUANT_METHODS)
+        _pick(f"quant {self.name!r}", "kv_cache", self.kv_cache, KV_CACHES)
         _between(f"quant {self.name!r}", "calibration_tokens", self.calibration_tokens, 1, 1 << 24)
 
 
@@ -212,6 +218,7 @@ class HardwareSpec:
     power: float = 0.0
     price: float = 0.0
     price_date: str = ""
+    tuning: dict[str, Any] = field(default_factory=dict)  # choices of kernels, measured by `zoo tune`; docs/performance.md
 
     def __post_init__(self) -> None:
         where = f"hardware {self.name!r}"
@@ -228,7 +235,7 @@ class HardwareSpec:
     def build_fields(self) -> dict[str, Any]:
         """The part that an engine depends on. Price, power and rates can change without a rebuild."""
         data = to_json(self)
-        return {key: data[key] for key in ("name", "kind", "sm", "memory", "dtypes", "quants")}
+        return {key: data[key] for key in ("name", "kind", "sm", "memory", "dtypes", "quants", "tuning")}
 
 
 @dataclass(frozen=True)
@@ -322,6 +329,16 @@ class BuildSpec:
         _pick("build", "compiler", self.compiler, COMPILERS)
         _pick("build", "dtype", self.dtype, DTYPES)
         _between("build", "threads", self.threads, 0, 1024)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the engine has scales that a run over text decides."""
+        return self.quant.method != "none" or self.quant.kv_cache != "none"
+
+    @property
+    def cache_dtype(self) -> str:
+        """What the KV pools hold."""
+        return "float8e4m3" if self.quant.kv_cache == "fp8" else self.dtype
 
     @property
     def profile(self) -> str:

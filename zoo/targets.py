@@ -15,12 +15,13 @@ class Target:
 
     name            the compiler's name
     zoo_ops         how zoo ops reach it: "function" (an ONNX function of standard ops), "inline" (the same, inlined
-                    before its parser sees it), "plugin" (its own plugin interface)
+                    before its parser sees it), "plugin" (its own plugin interface), "kernel" (our kernels)
     attention       the lowering of ZooPagedAttention: "loop" (one Loop iteration a sequence), "padded" (queries padded
                     to [B, L] by index inputs, contexts gathered once a sequence), "plugin"
     dtypes          compute types it can run
     fused_matmul    it has com.microsoft FusedMatMul, so weights may stay [out, in] as checkpoints store them
     narrow_lookups  it looks rows up in a half-precision table where it computes in float32
+    kernels         zoo ops reach it as kernels of their own: norms, activations and the cache are fused for them
     float8_pool     a KV pool of float8 values is possible
     sms             SM versions it builds for; empty: not a GPU target
     """
@@ -31,6 +32,7 @@ class Target:
     dtypes: tuple[str, ...]
     fused_matmul: bool = False
     narrow_lookups: bool = False
+    kernels: bool = False
     float8_pool: bool = False
     sms: tuple[int, ...] = ()
 
@@ -40,4 +42,8 @@ TARGETS: dict[str, Target] = {
     "tensorrt_rtx": Target("tensorrt_rtx", "inline", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 120, 121)),
     # Until plugins for it exist, datacenter TensorRT takes what TensorRT-RTX takes, which builds and is compared here.
     "tensorrt": Target("tensorrt", "plugin", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 90, 100, 120)),
+    # Kernels compile for other SMs, too; only Hopper has been run.
+    "cuda": Target(
+        "cuda", "kernel", "plugin", ("bfloat16", "float16"), fused_matmul=True, kernels=True, float8_pool=True, sms=(90,)
+    ),
 }

@@ -211,3 +211,19 @@ def test_names_of_unbound_scales_need_no_checkpoint(tmp_path: Path) -> None:
     model = dataclasses.replace(families.spec(families.make_checkpoint(tmp_path, "llama")), checkpoint="", name="shapes")
     assert unbound_scales(quantized(model))[:4] == ["layer.0.down.x", "layer.0.gate_up.x", "layer.0.o.x", "layer.0.qkv.x"]
     assert unbound_scales(expand(model, "float32")) == []
+
+
+def test_scales_of_a_cache_are_those_of_keys_and_values(tmp_path: Path) -> None:
+    """transformers' own cache holds the keys and values that attention reads: rotated, grouped heads not repeated."""
+    folder = families.make_checkpoint(tmp_path, "llama")
+    ids = families.prompt(folder, 24)
+    with Tensors.open(folder) as tensors:
+        scales = calibrate(families.spec(folder), tensors, ids, cache=True)
+        plain = calibrate(families.spec(folder), tensors, ids)
+    assert {name: scales[name] for name in plain} == plain
+    model = families.reference(folder)
+    with torch.no_grad():
+        cache = model(torch.tensor([ids]), use_cache=True).past_key_values
+    for number, layer in enumerate(cache.layers):
+        for role, tensor in (("k", layer.keys), ("v", layer.values)):
+            assert scales[f"layer.{number}.{role}_cache"] == pytest.approx(float(tensor.abs().max()) / 448, rel=1e-5)

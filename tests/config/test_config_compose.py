@@ -235,7 +235,7 @@ def test_unknown_overrides_are_answered_with_near_names() -> None:
 
 def test_unknown_options_are_answered_with_the_options() -> None:
     refuse(["models=zoo-deno"], "models 'zoo-deno' (conf/models): pick one of gpt2, llama-3.1-70b", "did you mean 'zoo-demo'")
-    refuse(["quant=fp9"], "quant 'fp9' (conf/quant): pick one of fp8, none")
+    refuse(["quant=fp9"], "quant 'fp9' (conf/quant): pick one of fp8, fp8-kv, none")
     refuse(["hardware=[cpu]"], "pick one of a100-80g, cpu")
     refuse(["models=../hardware/cpu"], "pick one of")
     refuse(["models=null"], "pick one of")
@@ -385,11 +385,12 @@ def test_combinations_that_cannot_be() -> None:
     refuse(["quant=fp8", "hardware=a100-80g"], "quant 'fp8' cannot run on hardware 'a100-80g' (SM 8.0): it runs none",
            "choose quant=none, or hardware that runs fp8: cpu, h100-sxm, h200-sxm, l40s, rtx-4090, rtx-5090")  # fmt: skip
     refuse(["compiler=tensorrt_rtx"], "compiler 'tensorrt_rtx' for hardware 'cpu'", "pick one of onnxruntime")
-    refuse(["compiler=cuda", "hardware=h200-sxm"], "this compiler is not built yet; pick one of tensorrt")
+    refuse(["compiler=cuda", "hardware=l40s"], "not among the compilers of this hardware; pick one of tensorrt_rtx, tensorrt")
+    refuse(["quant=fp8-kv", "hardware=l40s"], "keeps keys and values as fp8, which compiler 'tensorrt_rtx' cannot", "cuda")
     refuse(["compiler=tensorrt_rtx", "hardware=h200-sxm"], "not among the compilers of this hardware")
     refuse(
         ["hardware=l40s", "hardware.compilers=[cuda]"],
-        "none of its compilers can build for it: cuda: this compiler is",
+        "none of its compilers can build for it: cuda: it builds for SM 9.0, not 8.9",
     )
     refuse(["hardware=h100-sxm", "hardware.compilers=[tensorrt_rtx]"], "it builds for SM 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, not 9.0")
     refuse(["hardware=l40s", "hardware.compilers=[onnxruntime]"], "it builds for no GPU")

@@ -97,7 +97,8 @@ def test_hardware_has_published_numbers() -> None:
         (["hardware=l40s", "quant=fp8"], "fp8-l40s-tensorrt_rtx-tp1", "bfloat16"),
         (["hardware=rtx-5090", "quant=fp8", "dtype=float16"], "fp8-rtx-5090-tensorrt_rtx-tp1", "float16"),
         (["hardware=l40s", "compiler=tensorrt"], "none-l40s-tensorrt-tp1", "bfloat16"),
-        (["hardware=h200-sxm"], "none-h200-sxm-tensorrt-tp1", "bfloat16"),
+        (["hardware=h200-sxm"], "none-h200-sxm-cuda-tp1", "bfloat16"),
+        (["hardware=h200-sxm", "compiler=tensorrt"], "none-h200-sxm-tensorrt-tp1", "bfloat16"),
         (["hardware=l40s", "models=gpt2"], "none-l40s-tensorrt_rtx-tp1", "bfloat16"),
     ],
 )

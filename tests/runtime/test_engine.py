@@ -147,7 +147,7 @@ def test_nan_fails_one_request_by_name_and_spares_the_others() -> None:
     outputs = drain(engine)
     assert outputs["sick"].token_ids == greedy([9, 3, 4, 5], 2, end=None)
     assert outputs["sick"].finish_reason == "error"
-    assert "'sick'" in str(outputs["sick"].error) and "nan" in str(outputs["sick"].error)
+    assert "'sick' failed after 2 tokens" in str(outputs["sick"].error) and "nan" in str(outputs["sick"].error)
     for name, prompt in others.items():
         assert outputs[name].token_ids == greedy(prompt, 25)
     assert engine.scheduler.blocks.used_blocks == 0
@@ -178,7 +178,7 @@ def test_an_engine_that_always_fails_comes_to_an_end() -> None:
         engine.add_request(f"r{index}", [3, 4 + index], params(max_tokens=5))
     outputs = drain(engine, steps=7)
     assert len(outputs) == 7 and {output.finish_reason for output in outputs.values()} == {"error"}
-    assert engine.scheduler.blocks.used_blocks == 0 and not engine._live
+    assert engine.scheduler.blocks.used_blocks == 0 and not engine.has_work
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), AssertionError("a bug")], ids=lambda error: type(error).__name__)

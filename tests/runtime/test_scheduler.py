@@ -115,7 +115,7 @@ def test_removed_sequences_give_everything_back_and_are_never_served() -> None:
     scheduler.remove("b")
     scheduler.remove("d")
     assert scheduler.blocks.used_blocks == 0 and len(scheduler) == 0 and scheduler.schedule() is None
-    assert not scheduler._tables.any()
+    assert not scheduler.rows.tables.any()
 
 
 def test_fewer_rows_than_sequences_bound_what_runs() -> None:

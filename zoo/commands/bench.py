@@ -26,7 +26,7 @@ def bench(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least 1")
     started = time.perf_counter()
-    with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
+    with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads, checkpoint=arguments.checkpoint) as llm:
         loaded = time.perf_counter() - started
         data = {"ref": llm.ref, "load_s": round(loaded, 3), **measure(llm, arguments)}
     if arguments.json:

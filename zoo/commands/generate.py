@@ -12,7 +12,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Stream the continuation to stdout; with ``--json``, one object when it is complete."""
     from zoo.llm import LLM
 
-    with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
+    with LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads, checkpoint=arguments.checkpoint) as llm:
         wanted = {key: getattr(arguments, key) for key in ("temperature", "top_p", "top_k", "seed")}
         params = dataclasses.replace(
             llm.default_params(), max_tokens=arguments.max_tokens, **{k: v for k, v in wanted.items() if v is not None}

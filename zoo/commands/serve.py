@@ -29,7 +29,10 @@ def serve(arguments: argparse.Namespace) -> int:
         raise RequestError(
             f"cannot listen at {arguments.host}:{arguments.port}: {error.strerror}; choose --host and --port"
         ) from None
-    with listener, LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads) as llm:
+    with (
+        listener,
+        LLM(arguments.ref, registry=arguments.registry, threads=arguments.threads, checkpoint=arguments.checkpoint) as llm,
+    ):
         worker = Worker(llm.engine)
         app = Server(llm.ref.partition(":")[0], worker, llm.encode, llm.default_params()).app()
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

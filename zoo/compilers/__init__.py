@@ -5,11 +5,13 @@ onnxruntime.py       CPU engines: model.onnx and weights as recipes over the che
 tensorrt_rtx.py      TensorRT-RTX plans, built on any machine
 tensorrt.py          datacenter TensorRT plans, built on the GPU itself
 tensorrt_*.py        what the two share
+cuda/                launch plans of our own kernels and cuBLASLt GEMMs, built on any machine
 """
 
 from __future__ import annotations
 
 from zoo.compilers.base import CompiledEngine, Compiler, abi_of, predict
+from zoo.compilers.cuda import CudaCompiler
 from zoo.compilers.onnxruntime import OnnxRuntimeCompiler
 from zoo.compilers.tensorrt import TensorRtCompiler
 from zoo.compilers.tensorrt_rtx import TensorRtRtxCompiler
@@ -19,6 +21,7 @@ COMPILERS: dict[str, Compiler] = {
     "onnxruntime": OnnxRuntimeCompiler(),
     "tensorrt_rtx": TensorRtRtxCompiler(),
     "tensorrt": TensorRtCompiler(),
+    "cuda": CudaCompiler(),
 }
 
 __all__ = ["COMPILERS", "CompiledEngine", "Compiler", "abi_of", "get_compiler", "predict"]

@@ -104,7 +104,7 @@ def abi_of(graph: ModelGraph, build: BuildSpec) -> Abi:
     caches = tuple(
         CacheAbi(
             f"kv.{layer.index}",
-            DTYPE_NAMES[_code(graph.variable(f"kv.{layer.index}").dtype)],
+            build.cache_dtype,
             (limits.max_blocks, 2, limits.block_size, layer.kv_heads, layer.head_dim),
             layer.group,
         )
@@ -117,7 +117,7 @@ def abi_of(graph: ModelGraph, build: BuildSpec) -> Abi:
     return Abi(inputs, outputs, caches, index_inputs)
 
 
-def _code(dtype: Any) -> int:
+def onnx_code(dtype: Any) -> int:
     """ONNX type code of an onnx-graphsurgeon dtype, which is a code or a numpy dtype."""
     if isinstance(dtype, int):
         return dtype
@@ -129,7 +129,7 @@ def _code(dtype: Any) -> int:
 def _tensor_abi(variable: Any) -> TensorAbi:
     assert variable.dtype is not None and variable.shape is not None, f"{variable.name} has no dtype or shape"
     shape = tuple(size if isinstance(size, int) else str(size) for size in variable.shape)
-    return TensorAbi(variable.name, DTYPE_NAMES[_code(variable.dtype)], shape)
+    return TensorAbi(variable.name, DTYPE_NAMES[onnx_code(variable.dtype)], shape)
 
 
 def weight_bytes(graph: ModelGraph) -> int:
@@ -142,7 +142,7 @@ def pool_bytes(graph: ModelGraph, build: BuildSpec) -> int:
     """Bytes of all KV pools at the build's limits."""
     limits = build.limits.resolve(build.model)
     slots = limits.max_blocks * limits.block_size
-    return sum(slots * 2 * layer.kv_heads * layer.head_dim * ITEM_SIZES[graph.dtype] for layer in graph.layers)
+    return sum(slots * 2 * layer.kv_heads * layer.head_dim * ITEM_SIZES[build.cache_dtype] for layer in graph.layers)
 
 
 def predict(graph: ModelGraph, build: BuildSpec) -> dict[str, int]:

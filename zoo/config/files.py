@@ -136,6 +136,8 @@ def yaml_error(path: Path, error: Exception) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "nesting depth" in problem:  # the scanner of newer libyaml looks ahead, and finds it before its events are counted
+        return ConfigError(f"{shown(path)}{at}: nested more than {MOST_DEPTH} deep")
     return ConfigError(f"{shown(path)}{at}: not readable YAML: {problem}")
 
 

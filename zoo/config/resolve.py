@@ -71,6 +71,12 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
         )
     compiler = _compiler(data["compiler"], hardware)
     dtype = _dtype(data["dtype"], model, hardware, compiler)
+    if quant.kv_cache != "none" and not TARGETS[compiler].float8_pool:
+        able = [name for name, target in TARGETS.items() if target.float8_pool]
+        raise ConfigError(
+            f"quant {quant.name!r} keeps keys and values as {quant.kv_cache}, which compiler {compiler!r} cannot; choose a quant "
+            f"with kv_cache none, such as quant=fp8, or hardware that one of these builds for: {', '.join(able)}"
+        )
     if not 0 <= data["threads"] <= 1024:
         raise ConfigError(
             f"{composed.origin('threads')}: threads is {data['threads']}; it must be at least 0 (0: all) and at most 1024"

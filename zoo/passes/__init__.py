@@ -6,12 +6,17 @@ from pathlib import Path
 
 from zoo.graph import ModelGraph
 from zoo.passes.clean import Clean
+from zoo.passes.cuda_fp8 import CudaFp8
 from zoo.passes.frame import Pass, PassContext, run
+from zoo.passes.fuse_activation import FuseActivation
 from zoo.passes.fuse_linears import FuseLinears
+from zoo.passes.fuse_norm import FuseNorm
+from zoo.passes.fuse_rotary_cache import FuseRotaryCache
 from zoo.passes.lower_attention import LowerAttention
 from zoo.passes.lower_matmul import LowerMatMul
 from zoo.passes.narrow_lookups import NarrowLookups
 from zoo.passes.paged_attention import InsertPagedAttention
+from zoo.passes.quantize_cache import QuantizeCache
 from zoo.passes.quantize_fp8 import QuantizeFp8
 from zoo.spec import BuildSpec
 from zoo.targets import Target
@@ -30,6 +35,12 @@ PASSES: tuple[Pass, ...] = (
     QuantizeFp8(),
     # lowering: zoo ops and linear layers in the form that the target runs best
     LowerAttention(),
+    # for kernels of our own: operands become float8 once, then each norm, activation and cache write is one node with it
+    CudaFp8(),
+    FuseNorm(),
+    FuseActivation(),
+    FuseRotaryCache(),
+    QuantizeCache(),
     NarrowLookups(),  # before LowerMatMul, which would let a tied head share the embedding's float32 form
     LowerMatMul(),
 )

@@ -7,6 +7,7 @@ time, and writes the launches into the engine's plan as JSON; nothing here needs
 Sizes of a step are symbols that the session knows when it runs one:
 
     T  tokens    B  sequences    R  rows of logits    W  prefill tiles (``zoo.runtime.indices``)    S  splits of a context
+    P  blocks a sequence: the width of this step's block table
 
 Every pointer that a kernel gets is aligned to 256 bytes, except that rows inside a tensor follow its shape.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SYMBOLS = ("T", "B", "R", "W", "S")
+SYMBOLS = ("T", "B", "R", "W", "S", "P")
 TRITON_TYPES = {
     "float32": "fp32",
     "float16": "fp16",

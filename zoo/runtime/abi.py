@@ -14,7 +14,7 @@ Every sequence contributes the tokens it has not computed yet: many in prefill, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,9 +55,51 @@ class Batch:
     logit_rows: Int32
 
 
+# How one row of logits becomes a token: 32 bytes a row, so that a step's rows are one copy to the device.
+#
+#   temperature   logits are divided by it; 0 is greedy, and then the rest does not matter
+#   top_k         0: all
+#   top_p         1: all
+#   min_p         0: none
+#   seed          low and high half of 64 bits
+#   counter       which new token of its request this is, from 0: (seed, counter) decide the draw, batch mates do not
+#   flags         HOST
+SAMPLING = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed", np.uint32, (2,)),
+        ("counter", np.int32),
+        ("flags", np.int32),
+    ]
+)
+HOST = 1  # the row's token is chosen on the host from its logits; what the device gives for it means nothing
+
+
+@dataclass
+class Sampling:
+    """How a session that samples is to choose a step's tokens.
+
+    rows [R]        ``SAMPLING`` records, in the order of ``Batch.logit_rows``
+    host_rows [H]   rows, rising, whose logits are wanted instead of a token; those with the flag HOST
+    greedy          no row draws: every row that the device chooses has temperature 0
+    """
+
+    rows: npt.NDArray[np.void]
+    host_rows: Int32
+    greedy: bool
+
+
 @dataclass
 class StepResult:
-    """One step's output. logits [R, vocab] float32; a session that samples gives ``token_ids`` [R] instead."""
+    """One step's output.
+
+    logits [R, vocab]   float32; of a step with a ``Sampling`` [H, vocab], the rows ``host_rows``; None if H is 0
+    token_ids [R]       int32, of a step with a ``Sampling``; -1 for a row whose largest logit is no finite number (NaN counts
+                        as largest). Those of ``host_rows`` mean nothing
+    """
 
     logits: Float32 | None = None
     token_ids: Int32 | None = None
@@ -71,9 +113,48 @@ class Session(Protocol):
     vocab_size: int
 
     def step(self, batch: Batch) -> StepResult:
-        """Run one batch. The cache pools are the session's own and keep what earlier steps wrote."""
+        """Run one batch and give the logits of its ``logit_rows``. The pools are the session's own and keep what was written."""
         ...
 
     def close(self) -> None:
-        """Free the engine. Calling it twice is allowed."""
+        """Free the engine, once the steps that were submitted are over. Calling it twice is allowed."""
         ...
+
+
+class Ticket(Protocol):
+    """A step that was submitted."""
+
+    def result(self) -> StepResult:
+        """Wait for the step. To be called once; the arrays are valid until the next ``submit``. Raises what the step raised."""
+        ...
+
+
+class SamplingSession(Session, Protocol):
+    """A session that chooses tokens itself, and runs a step while its caller does something else; ``samples`` is True.
+
+    Steps run in the order they are submitted, each as if the one before were over. So a block may go to another sequence as
+    soon as the last step that uses it is submitted, and a step may name tokens that the step before it has yet to sample:
+    its token_ids may hold -(r + 1) for row r of the step submitted last. (Where that token is -1, 0 is computed in its
+    place: the caller will drop what comes of it.)
+
+    At most ``STEPS_AHEAD`` + 1 tickets are open at a time, and their results are asked for in order.
+    """
+
+    samples: bool
+
+    def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
+        """Start a step and return at once; what is handed over may be changed as soon as this returns.
+
+        Without a ``Sampling`` the result has the logits of all rows and no tokens, and the next step names none of them:
+        ``step(batch)`` is ``submit(batch).result()``. After a submit that raised, the caller waits for all open tickets
+        before it submits again, and names no tokens then.
+        """
+        ...
+
+
+STEPS_AHEAD = 1  # steps that may be submitted before the result of the one before is read
+
+
+def sampling_session(session: Session) -> SamplingSession | None:
+    """The session, if it samples. A session without the attribute ``samples`` does not."""
+    return cast(SamplingSession, session) if getattr(session, "samples", False) else None

@@ -13,7 +13,7 @@ first, which is the order a prefix cache wants; their contents are undefined.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 
 class BlockManager:
@@ -61,6 +61,15 @@ class BlockManager:
             return None
         new = [self._free.popleft() for _ in range(missing)]
         self._owned.setdefault(owner, []).extend(new)
+        return new
+
+    def extend(self, owners: Sequence[Hashable]) -> list[int] | None:
+        """One more block for each of these owners, in order. None, and nothing changes, when there are not enough."""
+        if len(owners) > len(self._free):
+            return None
+        new = [self._free.popleft() for _ in owners]
+        for owner, block in zip(owners, new, strict=True):
+            self._owned.setdefault(owner, []).append(block)
         return new
 
     def free(self, owner: Hashable) -> None:

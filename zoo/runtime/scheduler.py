@@ -12,36 +12,28 @@ the last in order of service (lowest priority, last come) is preempted: it gives
 from nothing, its generated tokens included, so it goes on with the same tokens. Admission leaves one block free for each
 running sequence, so a newcomer is not preempted by those that are there already before they have filled a block.
 
-Where more belongs: prefix caching starts ``computed`` above 0 in ``_admit``; speculation makes a sequence several tokens known
-at once and asks for several rows; overlapped scheduling appends -(row + 1) as a token that the session knows, which works
-because ``computed`` moves on when a step is planned, not when it is done.
+A step may be planned before the tokens of the one before it are there (``Rows.expect``): they are known by their names, and
+``computed`` moves on when a step is planned, not when it is done. ``Rows.settle`` puts the tokens in the places of the names.
+A sequence whose next token is not even named, because it is to be its last one or is chosen on the host, sits out.
 
-T tokens, B sequences, P blocks of the longest of them, R rows.
+Where more belongs: prefix caching starts ``computed`` above 0 in ``_admit``; speculation makes a sequence several tokens known
+at once and asks for several rows.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Generic
 
 import numpy as np
 
-from zoo.runtime.abi import Batch, EngineLimits
+from zoo.runtime.abi import EngineLimits, Int32
 from zoo.runtime.blocks import BlockManager
-from zoo.runtime.sequence import Sequence
+from zoo.runtime.rows import Indices, Rows, S, Step
 
 
-@dataclass(slots=True)
-class Step:
-    """A planned step: its batch, the batch's sequences in order, and those that get a row of logits, in order of rows."""
-
-    batch: Batch
-    sequences: list[Sequence]
-    sampled: list[Sequence]
-
-
-class Scheduler:
+class Scheduler(Generic[S]):
     """Plans steps for any number of sequences within an engine's limits. Pure bookkeeping: no tensors, no clock."""
 
     def __init__(self, limits: EngineLimits) -> None:
@@ -51,13 +43,13 @@ class Scheduler:
         self.capacity = min(limits.max_sequences, limits.max_rows, limits.max_tokens)
         # The longest sequence that can be served when it is alone.
         self.max_length = min(limits.max_context, self.blocks.total_blocks * limits.block_size)
-        self.running: list[Sequence] = []  # in order of service
+        self.running: list[S] = []  # in order of service
         self.preemptions = 0
-        self._waiting: list[tuple[int, int, Sequence]] = []  # a heap in order of service
-        self._sequences: dict[str, Sequence] = {}
+        self.rows: Rows[S] = Rows(self.capacity, self.max_length, limits.block_size)
+        self._waiting: list[tuple[int, int, S]] = []  # a heap in order of service
+        self._sequences: dict[str, S] = {}
         self._arrivals = 0
-        self._tables = np.zeros((self.capacity, self.blocks.blocks_for(self.max_length)), np.int32)
-        self._rows = list(range(self.capacity))[::-1]
+        self._order: Indices | None = np.empty(0, np.intp)  # rows of ``running``; None when it has changed
 
     def __len__(self) -> int:
         """Sequences that are not finished."""
@@ -67,11 +59,16 @@ class Scheduler:
         return request_id in self._sequences
 
     @property
+    def request_ids(self) -> list[str]:
+        """Of the sequences that are not finished."""
+        return list(self._sequences)
+
+    @property
     def waiting(self) -> int:
         """Sequences that are not running."""
         return len(self._sequences) - len(self.running)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: S) -> None:
         """Queue a sequence. Its id must be new and its limit at most ``max_length``."""
         assert sequence.request_id not in self._sequences and sequence.limit <= self.max_length
         sequence.arrival = self._arrivals
@@ -80,102 +77,106 @@ class Scheduler:
         heappush(self._waiting, (*sequence.key, sequence))
 
     def remove(self, request_id: str) -> bool:
-        """Forget a sequence, finished or not, and take its blocks back. False if there is no such sequence."""
+        """Forget a sequence, finished or not, and take its blocks back. False if there is no such sequence.
+
+        A later step may use the blocks at once, though a submitted one still writes to them: sessions run steps in order.
+        """
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        sequence.finished = True
         if sequence.row >= 0:
-            self._release(sequence)
             self.running.remove(sequence)
+            self._release(sequence)
         return True  # a waiting one is dropped from the heap when it comes up
 
-    def schedule(self) -> Step | None:
-        """Plan the next step; None when there is nothing to do. The planned tokens count as computed from here on."""
-        budget = self.limits.max_tokens
-        chunks: list[tuple[Sequence, int]] = []
-        behind: list[Sequence] = []
-        for sequence in list(self.running):
-            if sequence.known - sequence.computed > 1:
-                behind.append(sequence)  # also one that was preempted just now
-            elif sequence.known <= sequence.room or self._grow(sequence):
-                chunks.append((sequence, 1))
-        budget -= len(chunks)
-        for sequence in behind:
-            if budget and sequence.row >= 0:
-                count = min(sequence.known - sequence.computed, budget)
-                chunks.append((sequence, count))
-                budget -= count
-        while budget and len(self.running) < self.capacity and (admitted := self._admit()):
-            count = min(admitted.known - admitted.computed, budget)
-            chunks.append((admitted, count))
-            budget -= count
-        assert chunks or not self._sequences, "sequences are left, but none can go on"
-        return self._step(chunks) if chunks else None
+    def schedule(self) -> Step[S] | None:
+        """Plan the next step; None when nothing can be computed now. The planned tokens count as computed from here on."""
+        preemptions = self.preemptions
+        order, todo = self._todo()
+        one = todo == 1
+        single = order if np.count_nonzero(one) == len(order) else order[one]
+        if len(full := self.rows.full(single)):
+            self._grow(full)
+            if self.preemptions > preemptions:
+                order, todo = self._todo()
+                single = order[todo == 1]
+        admit = self._waiting and len(self.running) < self.capacity
+        if single is order and len(order) and not admit:
+            return self.rows.decode(order)
+        chunks, counts = [single], [np.ones(len(single), np.int32)]
+        budget = self.limits.max_tokens - len(single)
+        if len(single) < len(order):
+            behind, wanted = order[todo > 1], todo[todo > 1]
+            given = np.clip(budget - (np.cumsum(wanted, dtype=np.int32) - wanted), 0, wanted)
+            chunks.append(behind[given > 0])
+            counts.append(given[given > 0])
+            budget -= int(given.sum())
+        if admit:
+            admitted, given = self._admit_within(budget)
+            chunks.append(admitted)
+            counts.append(given)
+        rows = np.concatenate(chunks)
+        if not len(rows):
+            assert not self._sequences or (todo == 0).any(), "sequences are left, but none can go on"
+            return None
+        return self.rows.mixed(rows, np.concatenate(counts))
 
-    def _admit(self) -> Sequence | None:
-        while self._waiting and self._sequences.get(self._waiting[0][2].request_id) is not self._waiting[0][2]:
+    def _todo(self) -> tuple[Indices, Int32]:
+        """The running sequences' rows in order of service, and how many tokens each has to compute."""
+        if self._order is None:
+            self._order = np.array([sequence.row for sequence in self.running], np.intp)
+        return self._order, self.rows.known.take(self._order) - self.rows.computed.take(self._order)
+
+    def _admit_within(self, budget: int) -> tuple[Indices, Int32]:
+        """Let waiting sequences run. Gives their rows and how many tokens each computes."""
+        rows, counts = [], []
+        while budget and len(self.running) < self.capacity and (admitted := self._admit()):
+            rows.append(admitted.row)
+            counts.append(min(admitted.known - admitted.computed, budget))
+            budget -= counts[-1]
+        return np.array(rows, np.intp), np.array(counts, np.int32)
+
+    def _admit(self) -> S | None:
+        while self._waiting and self._waiting[0][2].finished:
             heappop(self._waiting)  # it was removed
         if not self._waiting:
             return None
         sequence = self._waiting[0][2]
-        if not self._hold(sequence, sequence.known, spare=len(self.running), row=self._rows[-1]):
+        if not self._hold(sequence, spare=len(self.running), row=self.rows.next_free):
             return None
         heappop(self._waiting)
-        sequence.row = self._rows.pop()
+        self.rows.seat(sequence)
         insort(self.running, sequence, key=lambda other: other.key)
+        self._order = None
         return sequence
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Blocks for all known tokens, at the cost of later sequences; False if it was itself the last and had to go."""
-        while not self._hold(sequence, sequence.known, spare=0, row=sequence.row):
-            victim = self.running.pop()
-            self._release(victim)
-            victim.computed = 0
-            victim.preemptions += 1
-            self.preemptions += 1
-            heappush(self._waiting, (*victim.key, victim))
-            if victim is sequence:
-                return False
-        return True
+    def _grow(self, full: Indices) -> None:
+        """A block for each of these rows that is full, at the cost of the last sequences in order of service.
 
-    def _hold(self, sequence: Sequence, tokens: int, spare: int, row: int) -> bool:
-        new = self.blocks.allocate(sequence, tokens, spare)
+        None of those comes back in the same step: it would need as many blocks as it gave back, and one of them is taken.
+        """
+        owners: list[S] = self.rows.owners.take(full).tolist()
+        if (new := self.blocks.extend(owners)) is not None:
+            self.rows.give(full, new)
+            return
+        for sequence in owners:
+            while sequence.row >= 0 and not self._hold(sequence, spare=0, row=sequence.row):
+                victim = self.running.pop()
+                self._release(victim)
+                victim.preemptions += 1
+                self.preemptions += 1
+                heappush(self._waiting, (*victim.key, victim))
+
+    def _hold(self, sequence: S, spare: int, row: int) -> bool:
+        """Blocks for all known tokens of a sequence that has the row, or is to get it."""
+        new = self.blocks.allocate(sequence, sequence.known, spare)
         if new is None:
             return False
-        held = sequence.room // self.limits.block_size
-        self._tables[row, held : held + len(new)] = new
-        sequence.room += len(new) * self.limits.block_size
+        self.rows.give(row, new)
         return True
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: S) -> None:
         self.blocks.free(sequence)
-        self._tables[sequence.row] = 0
-        self._rows.append(sequence.row)
-        sequence.row, sequence.room = -1, 0
-
-    def _step(self, chunks: list[tuple[Sequence, int]]) -> Step:
-        """Lay the chunks out as one ragged batch, and count their tokens as computed."""
-        sequences = [sequence for sequence, _ in chunks]
-        counts = np.array([count for _, count in chunks], np.int32)
-        computed = np.array([sequence.computed for sequence in sequences], np.int32)
-        query_starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        positions = np.arange(query_starts[-1], dtype=np.int32) - np.repeat(query_starts[:-1] - computed, counts)
-        kv_lengths = computed + counts
-        width = self.blocks.blocks_for(int(kv_lengths.max()))
-        token_ids = np.concatenate([sequence.tokens[(at := sequence.computed) : at + count] for sequence, count in chunks])
-        sampled, rows = [], []
-        for index, (sequence, count) in enumerate(chunks):
-            sequence.computed += count
-            if sequence.computed == sequence.known:
-                sampled.append(sequence)
-                rows.append(index)
-        batch = Batch(
-            token_ids=token_ids,
-            positions=positions,
-            query_starts=query_starts,
-            kv_lengths=kv_lengths,
-            block_tables={"full": self._tables[[sequence.row for sequence in sequences], :width]},
-            logit_rows=query_starts[1:][rows] - np.int32(1),
-        )
-        return Step(batch, sequences, sampled)
+        self.rows.leave(sequence)
+        self._order = None

@@ -23,13 +23,15 @@ def check_threads(threads: int) -> None:
         )
 
 
-def open_session(folder: Path, manifest: EngineManifest, threads: int = 0, blocks: int = 0) -> Session:
+def open_session(
+    folder: Path, manifest: EngineManifest, threads: int = 0, blocks: int = 0, checkpoint: Path | None = None
+) -> Session:
     """Load the engine whose files lie in ``folder`` by their names in the artifact; digests are verified already.
 
     ``threads`` is for CPU engines; 0 means every core this process may use. ``blocks``: how many blocks of the pools the
-    caller will use; 0: all. Raises RequestError for a number of threads out of range, IncompatibleError when this machine
-    cannot run the engine, UnavailableError without its GPU or packages, ResourceError when memory or disk are short,
-    ArtifactError when files are missing or wrong.
+    caller will use; 0: all. ``checkpoint``: the folder of an engine that was built without one. Raises RequestError for a
+    number of threads out of range, IncompatibleError when this machine cannot run the engine, UnavailableError without its
+    GPU or packages, ResourceError when memory or disk are short, ArtifactError when files are missing or wrong.
     """
     name = manifest.compiler.get("name")
     if name == "onnxruntime":
@@ -40,6 +42,10 @@ def open_session(folder: Path, manifest: EngineManifest, threads: int = 0, block
         from zoo.runtime.sessions.tensorrt import TensorRtSession
 
         return TensorRtSession(folder, manifest)
+    if name == "cuda":
+        from zoo.runtime.sessions.cuda import CudaSession
+
+        return CudaSession(folder, manifest, checkpoint, blocks)
     raise IncompatibleError(
         f"engine {manifest.model}:{manifest.version}@{manifest.profile} was compiled by {name!r}, which this zoo cannot "
         "load; choose a profile for another compiler"

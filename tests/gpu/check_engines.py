@@ -1,0 +1,157 @@
+"""Judges ``cuda`` engines by transformers on the same GPU: python -m tests.gpu.check_engines FOLDER [NAME...]
+
+FOLDER is what ``build_engines.py`` made. For every engine, with pools and activations that start as NaN:
+
+    logits    sequences of random lengths, fed in random pieces (prefill, chunks, decode, mixed in one step), teacher-forced. Their
+              error against float32 transformers is compared with that of transformers in the engine's own dtype
+    greedy    generation through the engine loop, sampled on the GPU; each token is the float32 model's own, or within the measured
+              error of it
+
+Needs torch and transformers beside what serving needs. Exit status 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from zoo.artifacts.registry import Registry
+from zoo.llm import LLM
+from zoo.runtime.abi import Batch
+from zoo.runtime.request import SamplingParams
+from zoo.runtime.sessions.cuda import CudaSession
+
+NOISE = 1.6  # times the error of transformers in bfloat16 that an unquantized engine may have, plus FLOOR
+FLOOR = 2e-3  # of the largest logit
+FP8_NOISE = 0.25  # relative error of FP8 logits of random models, against float32
+
+
+def reference(folder: Path, dtype: torch.dtype) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.cuda().eval()
+
+
+def logits_of(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [model(torch.tensor([ids], device="cuda")).logits[0].float().cpu().numpy() for ids in prompts]
+
+
+class Feeder:
+    """Feeds sequences in random pieces and collects every row of logits."""
+
+    def __init__(self, session: CudaSession, rng: np.random.Generator) -> None:
+        self.session, self.rng, self.size = session, rng, session.limits.block_size
+
+    def run(self, prompts: list[list[int]]) -> list[np.ndarray]:
+        limits = self.session.limits
+        free = list(self.rng.permutation(np.arange(1, limits.max_blocks))[: 64 * len(prompts)])
+        blocks: list[list[int]] = [[] for _ in prompts]
+        done, rows = [0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+        while any(at < len(ids) for at, ids in zip(done, prompts, strict=True)):
+            picked, budget = [], limits.max_tokens
+            for number in self.rng.permutation(len(prompts)):
+                left = min(len(prompts[number]) - done[number], budget)
+                if left > 0 and self.rng.random() < 0.8 and len(picked) < limits.max_sequences:
+                    count = 1 if self.rng.random() < 0.4 else int(self.rng.integers(1, left + 1))
+                    picked.append((int(number), count))
+                    budget -= count
+            if not picked:
+                continue
+            for number, count in picked:
+                while len(blocks[number]) * self.size < done[number] + count:
+                    blocks[number].append(int(free.pop()))
+            result = self.session.step(self.batch(picked, prompts, done, blocks))
+            assert result.logits is not None
+            at = 0
+            for number, count in picked:
+                rows[number].append(result.logits[at : at + count].copy())
+                at += count
+                done[number] += count
+        return [np.concatenate(parts) for parts in rows]
+
+    def batch(self, picked: list[tuple[int, int]], prompts: list[list[int]], done: list[int], blocks: list[list[int]]) -> Batch:
+        ids = [token for number, count in picked for token in prompts[number][done[number] : done[number] + count]]
+        positions = np.concatenate([np.arange(done[number], done[number] + count) for number, count in picked])
+        width = max(len(blocks[number]) for number, _ in picked)
+        table = np.zeros((len(picked), width), np.int32)
+        for row, (number, _) in enumerate(picked):
+            table[row, : len(blocks[number])] = blocks[number]
+        starts = np.cumsum([0, *(count for _, count in picked)]).astype(np.int32)
+        lengths = np.array([done[number] + count for number, count in picked], np.int32)
+        rows = np.arange(len(ids), dtype=np.int32)
+        return Batch(np.array(ids, np.int32), positions.astype(np.int32), starts, lengths, {"full": table}, rows)
+
+
+def relative(got: list[np.ndarray], want: list[np.ndarray]) -> tuple[float, float]:
+    """(RMS error over RMS, largest error over largest value) of all rows."""
+    a, b = np.concatenate(got), np.concatenate(want)
+    if not np.isfinite(a).all():
+        return float("inf"), float("inf")
+    return float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean())), float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def check(registry: Path, ref: str, checkpoint: Path, seed: int) -> bool:
+    rng = np.random.default_rng(seed)
+    exact, same = reference(checkpoint, torch.float32), reference(checkpoint, torch.bfloat16)
+    with Registry(registry).open(ref) as opened:
+        session = CudaSession(opened.folder, opened.manifest, fill=0xFF, blocks=1 + 64 * 16)
+        vocabulary, quant = session.vocab_size, opened.manifest.spec["quant"]
+        most = min(session.limits.max_context, 200)
+        prompts = [rng.integers(0, vocabulary, int(rng.integers(1, most))).tolist() for _ in range(12)]
+        want, noise = logits_of(exact, prompts), logits_of(same, prompts)
+        got = Feeder(session, rng).run(prompts)
+        error, worst = relative(got, want)
+        floor, _ = relative(noise, want)
+        plain = quant["method"] == "none"
+        good = error <= (NOISE * floor + FLOOR if plain else FP8_NOISE)
+        llm = LLM.from_session(session)
+        starts = [rng.integers(0, vocabulary, int(rng.integers(1, most - 40))).tolist() for _ in range(12)]
+        outputs = llm.generate(starts, SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True))
+        texts = [ids + list(out.outputs[0].token_ids) for ids, out in zip(starts, outputs, strict=True)]
+        gaps, equal, total = [0.0], 0, 0
+        spread = worst * max(float(np.abs(row).max()) for row in want)
+        for ids, text, logits in zip(starts, texts, logits_of(exact, texts), strict=True):
+            for place in range(len(ids), len(text)):
+                row = logits[place - 1]
+                gaps.append(float(row.max() - row[text[place]]))
+                equal += int(row.argmax()) == text[place]
+                total += 1
+        near = max(gaps) <= 2 * spread
+        llm.close()
+    print(
+        f"{'ok  ' if good and near else 'FAIL'} {ref:<46} error {error:.2e} (transformers bfloat16 {floor:.2e}), "
+        f"greedy {equal}/{total} equal, largest gap {max(gaps):.3f} of {2 * spread:.3f}",
+        flush=True,
+    )
+    return good and near
+
+
+def main() -> int:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    failed = 0
+    entries = [entry for entry in Registry(folder / "registry").entries() if entry.current]
+    seed = int.from_bytes(np.random.default_rng().bytes(4), "little")
+    print("seed", seed)
+    for entry in entries:
+        if not names or entry.model in names:
+            try:
+                own = Path(__file__).parents[2] / "checkpoints" / entry.model
+                made = own if own.is_dir() else folder / "checkpoints" / entry.model
+                failed += not check(folder / "registry", entry.ref, made, seed)
+            except Exception as error:  # every engine is to be judged
+                import traceback
+
+                traceback.print_exc()
+                print(f"FAIL {entry.ref}: {error!r}", flush=True)
+                failed += 1
+    print(f"{failed} of {len(entries)} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

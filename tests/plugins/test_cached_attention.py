@@ -1,0 +1,300 @@
+"""ZooCachedAttention and its variants: bodies against ZooPagedAttention's, kernels against the bodies, whatever pools hold.
+
+Errors are relative to the largest output: 1e-5 in float32; 2e-3 in float16 and with float8 pools, which are multiplied in
+float16; 1.2e-2 in bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from interpreted import assert_rounds_to8, exact, round8
+from one_op import FLOAT8, body_session, cuda_node, limits_of, live, ragged, random_pool, run_body, run_kernels, tensor, to8
+
+from zoo.plugins.cached_attention import PLUGINS, op_name
+from zoo.plugins.cached_attention import cuda as lowering
+from zoo.plugins.cached_attention.cuda import LOWERS, lower
+from zoo.plugins.paged_attention import PLUGIN as PAGED
+from zoo.runtime import cuda_indices
+from zoo.runtime.abi import Batch
+
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2}
+SCALES = np.array([0.021, 0.013], np.float32)
+OUT_SCALE = 0.011
+SMALL = {"prefill_block_m": 64, "prefill_block_n": 16, "decode_block_n": 16, "decode_least": 16}  # many tiles of few tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    size: int
+    block_size: int = 16
+    window: int = 0
+    softcap: float = 0.0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.size,
+            "block_size": self.block_size,
+            "scale": self.size**-0.5,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
+
+
+SHAPES = {
+    "grouped": Shape(4, 2, 16),
+    "multi-query": Shape(9, 1, 8, block_size=8),
+    "all-heads": Shape(2, 2, 32, block_size=32),
+    "seven": Shape(7, 1, 64, block_size=128),
+    "odd-size": Shape(4, 2, 80),
+    "window": Shape(4, 2, 16, block_size=8, window=6),
+    "window-of-one": Shape(2, 1, 16, window=1),
+    "wide-window": Shape(4, 2, 16, window=21),
+    "softcap": Shape(4, 1, 16, softcap=1.5),
+    "window-softcap": Shape(6, 3, 24, block_size=8, window=19, softcap=2.0),
+}
+STEPS = {  # new tokens, length after the step
+    "prefill": ([13, 2, 17, 3], [13, 2, 40, 44]),
+    "decode": ([1, 1, 1, 1], [1, 37, 16, 17]),
+    "mixture": ([1, 20, 1, 5, 1], [41, 20, 1, 27, 16]),
+}
+
+
+@functools.cache
+def session(op: str, shape: Shape) -> onnxruntime.InferenceSession:
+    return body_session(PLUGINS[op], **shape.attributes)
+
+
+def arrays_of(shape: Shape, batch: Batch, fp8: bool, seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 inputs by name. With ``fp8`` the pool holds what float8 values stand for."""
+    rng = np.random.default_rng(seed)
+    pool = random_pool(rng, live(batch, shape.block_size), shape.kv_heads, shape.size)
+    if fp8:
+        pool = to8(pool, SCALES).astype(np.float32) * SCALES[:, None, None, None]
+    return {
+        "q": 2 * rng.standard_normal((1, len(batch.positions), shape.heads * shape.size), np.float32),
+        "kv": pool,
+        "block_table": batch.block_tables["full"],
+        "query_starts": batch.query_starts,
+        "kv_lengths": batch.kv_lengths,
+        "prefill_tiles": cuda_indices.prefill_tiles(batch, limits_of(batch, shape.block_size)),
+        "kv_scale": SCALES,
+        "out_scale": np.array(OUT_SCALE, np.float32),
+    }
+
+
+def run(
+    op: str, shape: Shape, given: dict[str, np.ndarray], dtype: str = "float32", splits: int = 1, **tuning: int
+) -> torch.Tensor:
+    """The launches' output, poisoned before."""
+    tensors = {
+        name: tensor(array, dtype if name in ("q", "kv") else str(array.dtype))
+        for name, array in given.items()
+    }
+    if "Fp8" in op:
+        tensors["kv"] = tensor(to8(given["kv"], given["kv_scale"]), "float8e4m3")
+    kind = torch.float8_e4m3fn if op.endswith("Out8") else tensors["q"].dtype
+    tensors["out"] = torch.full(tensors["q"].shape, float("nan")).to(kind)
+    shapes: dict[str, Any] = {name: tuple(value.shape) for name, value in tensors.items()}
+    width = shapes["q"][-1]
+    shapes |= {"q": (1, "T", width), "out": (1, "T", width), "block_table": ("B", "P"), "prefill_tiles": ("W", 4)}
+    node = cuda_node(PLUGINS[op], dtype, shapes, SMALL | tuning, **shape.attributes)
+    b, p = given["block_table"].shape
+    sizes = {"T": given["q"].shape[1], "B": b, "P": p, "W": len(given["prefill_tiles"]), "S": splits}
+    run_kernels(LOWERS[op], node, tensors, sizes)
+    return tensors["out"]
+
+
+def expected(op: str, shape: Shape, given: dict[str, np.ndarray], real: int) -> np.ndarray:
+    """The body's output without quantizing it, of the tokens that are not padding."""
+    out = run_body(session(op.removesuffix("Out8"), shape), given)["out"]
+    assert np.isfinite(out[0, :real]).all()
+    return out[0, :real]
+
+
+def close(got: torch.Tensor, want: np.ndarray, tolerance: float) -> None:
+    found = exact(got)[0, : len(want)]
+    assert np.isfinite(found).all()
+    assert np.abs(found - want).max() <= tolerance * np.abs(want).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_bodies_are_that_of_paged_attention(shape: Shape) -> None:
+    """Bit for bit, on a pool that ZooPagedAttention has written."""
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=3, padding=2)
+    given = arrays_of(shape, batch, False)
+    rng = np.random.default_rng(7)
+    real = len(batch.positions) - 2
+    for name in "kv":
+        given[name * 1 if name == "k" else "v"] = rng.standard_normal(
+            (1, len(batch.positions), shape.kv_heads * shape.size), np.float32
+        )
+    given["kv"] = random_pool(rng, live(batch, shape.block_size, before=True), shape.kv_heads, shape.size)
+    whole = run_body(body_session(PAGED, **shape.attributes), given)
+    given["kv"] = whole["kv_out"]
+    for op in PLUGINS:
+        got = run_body(session(op, shape), given)["out"][0, :real]
+        want = whole["out"][0, :real]
+        assert np.isfinite(want).all()
+        if op.endswith("Out8"):
+            want = round8(want, OUT_SCALE)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernels(shape: Shape, step: str) -> None:
+    """In float32, with contexts in one part and in up to three."""
+    batch = ragged(*STEPS[step], shape.block_size, seed=1)
+    given = arrays_of(shape, batch, False)
+    want = expected("ZooCachedAttention", shape, given, len(batch.positions))
+    for splits in (1, 3) if step == "decode" else (1,):
+        close(run("ZooCachedAttention", shape, given, splits=splits), want, TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("grouped", "multi-query", "odd-size", "window-softcap")])
+def test_kernels_in_half_precision(shape: Shape, dtype: str) -> None:
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=2, padding=1)
+    given = arrays_of(shape, batch, False)
+    rounded = given | {name: exact(tensor(given[name], dtype)).astype(np.float32) for name in ("q", "kv")}
+    want = expected("ZooCachedAttention", shape, rounded, len(batch.positions) - 1)
+    close(run("ZooCachedAttention", shape, given, dtype, splits=2), want, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernels_with_a_float8_pool(shape: Shape) -> None:
+    """Queries are large, and every other one is too large for float16; keys are small."""
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=4, padding=1)
+    given = arrays_of(shape, batch, True)
+    given["q"][:, ::2] *= 1e6
+    scales = SCALES * np.array([1e-6, 1], np.float32)
+    given["kv"][:, 0] *= 1e-6
+    dtype = "bfloat16" if shape.window else "float32"
+    rounded = given | {"q": exact(tensor(given["q"], dtype)).astype(np.float32)}
+    want = expected("ZooCachedAttentionFp8", shape, rounded, len(batch.positions) - 1)
+    got = run("ZooCachedAttentionFp8", shape, given | {"kv_scale": scales}, dtype, splits=3)
+    close(got, want, max(TOLERANCES["float16"], TOLERANCES[dtype]))
+
+
+@pytest.mark.parametrize("op", ["ZooCachedAttentionOut8", "ZooCachedAttentionFp8Out8"])
+def test_quantized_outputs(op: str) -> None:
+    shape = SHAPES["grouped"]
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=5)
+    given = arrays_of(shape, batch, "Fp8" in op)
+    want = expected(op, shape, given, len(batch.positions))
+    noise = 1e-5 if op == "ZooCachedAttentionOut8" else 2e-3
+    for splits in (1, 3):
+        got = exact(run(op, shape, given, splits=splits))[0]
+        margin = noise * np.abs(want).max()
+        low, high = round8(want - margin, OUT_SCALE), round8(want + margin, OUT_SCALE)
+        assert ((got >= low) & (got <= high)).all() and np.abs(got).max() < 448
+        if op == "ZooCachedAttentionOut8":
+            assert_rounds_to8(got, want.astype(np.float64), OUT_SCALE, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("op", PLUGINS)
+def test_tiles_and_parts_do_not_matter(op: str) -> None:
+    """Other tile sizes, long tiles over several programs, more parts than positions, and scratch that is short of slots."""
+    shape = SHAPES["wide-window" if op.endswith("Out8") else "grouped"]
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=6)
+    given = arrays_of(shape, batch, "Fp8" in op)
+    want = expected(op, shape, given, len(batch.positions))
+    for splits, tuning in (
+        (8, {}),
+        (2, {"prefill_block_m": 64, "prefill_block_n": 32, "decode_block_n": 32, "decode_least": 32}),
+        (5, {"prefill_block_m": 32, "prefill_block_n": 64, "decode_block_n": 16, "decode_least": 48}),
+    ):
+        got = exact(run(op, shape, given, splits=splits, **tuning))[0]
+        if op.endswith("Out8"):
+            got = got * OUT_SCALE
+        assert np.abs(got - want).max() <= (0.07 if op.endswith("Out8") else 2e-3) * np.abs(want).max()
+
+
+def test_parts_are_no_more_than_scratch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split number that was asked for fewer sequences than the step has: kernels make fewer parts, not wrong ones."""
+    shape = SHAPES["grouped"]
+    batch = ragged(*STEPS["decode"], shape.block_size, seed=8)
+    given = arrays_of(shape, batch, False)
+    want = expected("ZooCachedAttention", shape, given, 5)
+    for programs in (1, 20, 22):  # one slot, two parts for each of five sequences, the same with one to spare
+        monkeypatch.setattr(lowering, "PROGRAMS", programs)
+        close(run("ZooCachedAttention", shape, given, splits=9), want, TOLERANCES["float32"])
+
+
+def test_sequences_without_tokens_are_passed_over() -> None:
+    """Captured steps are padded with sequences that have no tokens; tiles may be padded with tiles that have no queries."""
+    shape = SHAPES["grouped"]
+    batch = ragged([1, 4], [33, 20], shape.block_size, seed=9)
+    given = arrays_of(shape, batch, False)
+    want = expected("ZooCachedAttention", shape, given, 5)
+    padded = given | {
+        "block_table": np.concatenate([given["block_table"], np.zeros((3, given["block_table"].shape[1]), np.int32)]),
+        "query_starts": np.concatenate([given["query_starts"], np.full(3, 5, np.int32)]),
+        "kv_lengths": np.concatenate([given["kv_lengths"], np.ones(3, np.int32)]),
+        "prefill_tiles": np.concatenate([given["prefill_tiles"], np.zeros((2, 4), np.int32)]),
+    }
+    for splits in (1, 2):
+        close(run("ZooCachedAttention", shape, padded, splits=splits), want, TOLERANCES["float32"])
+
+
+def test_one_sequences_nan_stays_its_own() -> None:
+    shape = SHAPES["grouped"]
+    batch = ragged([1, 6, 1], [20, 6, 35], shape.block_size, seed=10)
+    for op in ("ZooCachedAttention", "ZooCachedAttentionFp8"):
+        given = arrays_of(shape, batch, "Fp8" in op)
+        want = expected(op, shape, given, 8)
+        given["kv"][batch.block_tables["full"][1, 0], 1, 2, 0, 0] = np.nan
+        got = exact(run(op, shape, given, splits=2))[0]
+        lost = np.isnan(got).any(axis=1)  # perhaps its earlier queries, too, which share a tile with it
+        assert lost[3:].tolist() == [True, True, True, True, False] and not lost[0]
+        assert np.abs(got - want)[~lost].max() <= 2e-3 * np.abs(want).max()
+
+
+def test_the_tests_notice_a_wrong_window() -> None:
+    shape = SHAPES["window"]
+    batch = ragged(*STEPS["mixture"], shape.block_size, seed=11)
+    given = arrays_of(shape, batch, False)
+    got = exact(run("ZooCachedAttention", shape, given))[0]
+    wrong = expected("ZooCachedAttention", dataclasses.replace(shape, window=7), given, len(got))
+    assert np.abs(got - wrong).max() > 1e-2 * np.abs(wrong).max()
+
+
+@pytest.mark.parametrize("op", PLUGINS)
+def test_contracts(op: str) -> None:
+    plugin = PLUGINS[op]
+    onnx.checker.check_function(plugin.body)
+    names = [port.name for port in plugin.inputs]
+    assert ("kv_scale" in names, "out_scale" in names) == ("Fp8" in op, op.endswith("Out8"))
+    assert [node.op_type for node in plugin.body.node].count("ScatterND") == 0
+    assert op in LOWERS and plugin.attributes == PAGED.attributes
+
+
+def test_names_and_numbers_that_both_wings_know() -> None:
+    assert {op_name(cache, out) for cache in (False, True) for out in (False, True)} == set(PLUGINS) == set(LOWERS)
+    assert lowering.TILE == cuda_indices.TILE
+    assert cuda_indices.WANTED <= lowering.PROGRAMS  # then no part that was asked for is left out
+    assert FLOAT8(448) == 448
+
+
+def test_launches_take_a_tables_width_from_the_step_or_from_its_shape() -> None:
+    shape = SHAPES["grouped"]
+    shapes: dict[str, Any] = {port.name: port.shape for port in PLUGINS["ZooCachedAttention"].inputs} | {"out": (1, "T", 64)}
+    for width, want in (("P", {"P": 9}), (9, {})):
+        shapes["block_table"] = ("B", width)
+        node = cuda_node(PLUGINS["ZooCachedAttention"], "bfloat16", shapes, {}, **shape.attributes)
+        for one in lower(node)[:2]:
+            place = [name for name, _ in one.kernel.args].index("table_width")
+            assert one.args[place].at(want) == 9  # type: ignore[union-attr]

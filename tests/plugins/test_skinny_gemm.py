@@ -1,0 +1,201 @@
+"""The skinny GEMM in Triton's interpreter, against float64, at sizes that no tile divides.
+
+M rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from interpreted import FLOATS, TORCH, exact, gpu_arithmetic, ref
+
+from zoo.plugins.kernels import Launch, Scratch, Size
+from zoo.plugins.skinny_gemm import kernels
+from zoo.plugins.skinny_gemm.cuda import MOST_ROWS, PROGRAMS, Tiling, counters_for, launches, tiling
+
+ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 3e-7}
+
+
+def _dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+    """The interpreter multiplies the bits of bfloat16 as integers; here values, exactly, added in float32."""
+    x, y = (np.ascontiguousarray(part.data).view(FLOATS[part.dtype.scalar]).astype(np.float64) for part in (a, b))
+    return interpreter.TensorHandle((x @ y).astype(np.float32) + total.data, total.dtype.scalar)
+
+
+def run(made: list[Launch], tensors: dict[str, torch.Tensor], rows: int) -> None:
+    """Carry out launches; scratch is poisoned with NaN."""
+    scratch: dict[str, torch.Tensor] = {}
+    for one in made:
+        function = getattr(kernels, one.kernel.source.partition(":")[2])
+        names = [name for name, _ in one.kernel.args] + [name for name, _ in one.kernel.constants]
+        assert function.arg_names == names
+        args: list[Any] = []
+        for arg in one.args:
+            if isinstance(arg, Scratch):
+                size = arg.size.at({"T": rows}) // 4
+                args.append(scratch.setdefault(arg.name, torch.full((size,), float("nan"))))
+            else:
+                assert isinstance(arg, str | Size)
+                args.append(tensors[arg] if isinstance(arg, str) else arg.at({"T": rows}))
+        with gpu_arithmetic(), mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot):
+            function[tuple(side.at({"T": rows}) for side in one.grid)](*args, **dict(one.kernel.constants))
+
+
+def made_up(m: int, n: int, k: int, dtype: str, out: str, seed: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    x, w = (torch.from_numpy(rng.standard_normal((rows, k)).astype(np.float32)) for rows in (m, n))
+    return {
+        "x": x.to(TORCH[dtype]),
+        "w": w.to(TORCH[dtype]),
+        "ws": torch.from_numpy(rng.uniform(0.001, 0.1, n).astype(np.float32)),
+        "xs": torch.tensor(0.37),
+        "y": torch.full((m, n), float("nan"), dtype=TORCH[out]),
+    }
+
+
+def wanted(tensors: dict[str, torch.Tensor], scaled: bool) -> np.ndarray:
+    y = exact(tensors["x"]) @ exact(tensors["w"]).T
+    return y * exact(tensors["xs"]) * exact(tensors["ws"]) if scaled else y
+
+
+def check(m: int, n: int, k: int, dtype: str, out: str, tiles: Tiling, counted: bool, seed: int = 0) -> torch.Tensor:
+    tensors = made_up(m, n, k, dtype, out, seed)
+    scaled = dtype == "float8e4m3"
+    tensors["zeros"] = torch.zeros(counters_for(n, tiles, m), dtype=torch.int32)
+    scales = (ref("ws", "float32", n), ref("xs", "float32")) if scaled else ()
+    made = launches(
+        ref("x", dtype, 1, "T", k),
+        ref("w", dtype, n, k),
+        ref("y", out, 1, "T", n),
+        tiles,
+        *scales,
+        counters="zeros" if counted else None,
+        most_rows=m,
+    )
+    run(made, tensors, m)
+    expected = wanted(tensors, scaled)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(exact(tensors["y"]), expected, rtol=ROUNDING[out], atol=3e-6 * largest)
+    assert not tensors["zeros"].any()  # as it was found
+    return tensors["y"]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (1, 64, 128, Tiling(16, 64, 64, 1, 4, 3)),
+        (5, 80, 112, Tiling(16, 64, 64, 1, 4, 3)),  # no tile divides N or K
+        (16, 128, 256, Tiling(16, 64, 64, 2, 4, 3)),
+        (17, 144, 208, Tiling(32, 64, 32, 3, 4, 3)),  # the last share of K is short, and N has a tile of 16
+        (40, 64, 192, Tiling(16, 64, 64, 3, 4, 3)),  # more rows than a tile
+    ],
+)
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("dtype", "out"), [("float8e4m3", "bfloat16"), ("bfloat16", "float32")])
+def test_products(m: int, n: int, k: int, tiles: Tiling, counted: bool, dtype: str, out: str) -> None:
+    check(m, n, k, dtype, out, tiles, counted)
+
+
+@pytest.mark.parametrize(("dtype", "out"), [("float8e4m3", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")])
+def test_other_dtypes(dtype: str, out: str) -> None:
+    check(3, 96, 96, dtype, out, Tiling(16, 64, 32, 3, 4, 3), counted=True)
+
+
+def test_both_ways_to_add_shares_agree_bit_for_bit() -> None:
+    tiles = Tiling(16, 64, 32, 4, 4, 3)
+    one, two = (check(7, 128, 256, "float8e4m3", "float32", tiles, counted) for counted in (False, True))
+    assert torch.equal(one, two)
+
+
+def test_what_the_first_to_arrive_leaves_does_not_matter() -> None:
+    """Two launches over the same counters and scratch, as in two layers of a step."""
+    tiles = Tiling(16, 64, 32, 2, 4, 3)
+    first = check(4, 64, 64, "bfloat16", "float32", tiles, True, seed=1)
+    again = check(4, 64, 64, "bfloat16", "float32", tiles, True, seed=1)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", ["float8e4m3", "bfloat16"])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (96, 208)])
+def test_tilings_cover_and_fit(n: int, k: int, dtype: str) -> None:
+    item = 1 if dtype == "float8e4m3" else 2
+    for m in range(1, MOST_ROWS + 1):
+        tiles = tiling(m, n, k, dtype)
+        assert tiles.block_m >= min(m, 64) and (tiles.block_m < 2 * m or tiles.block_m == 16)
+        assert tiles.splits == 1 or -(-n // tiles.block_n) * tiles.splits <= PROGRAMS
+        shared = tiles.num_stages * (tiles.block_n + tiles.block_m) * tiles.block_k * item
+        assert 2 * shared <= 227 << 10  # two programs at once on a multiprocessor
+
+
+def test_scratch_is_for_few_rows_whatever_a_step_may_hold() -> None:
+    tiles = Tiling(16, 128, 128, 8, 4, 4)
+    scales = ref("ws", "float32", 4096), ref("xs", "float32")
+    first, second = launches(
+        ref("x", "float8e4m3", "T", 4096), ref("w", "float8e4m3", 4096, 4096), ref("y", "bfloat16", "T", 4096), tiles, *scales
+    )
+    (parts,) = [arg for arg in first.args if isinstance(arg, Scratch)]
+    assert parts in second.args and parts.size == Size("", 8 * 16 * 4096 * 4)
+
+
+def test_float8_has_every_finite_value() -> None:
+    """Each value of float8e4m3 times one: the operands are read as they are."""
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    every = every[np.isfinite(every.astype(np.float32))][:240]
+    n, k = 240, 32
+    weight = np.zeros((n, k), np.float32)
+    weight[:, 0] = every.astype(np.float32)
+    tensors = made_up(1, n, k, "float8e4m3", "float32", 0)
+    tensors["w"] = torch.from_numpy(weight).to(torch.float8_e4m3fn)
+    tensors["x"] = torch.ones((1, k)).to(torch.float8_e4m3fn)
+    tensors["ws"], tensors["xs"] = torch.ones(n), torch.tensor(1.0)
+    scales = ref("ws", "float32", n), ref("xs", "float32")
+    shapes = ref("x", "float8e4m3", "T", k), ref("w", "float8e4m3", n, k), ref("y", "float32", "T", n)
+    run(launches(*shapes, Tiling(16, 64, 32, 1, 4, 3), *scales), tensors, 1)
+    np.testing.assert_array_equal(exact(tensors["y"])[0], weight[:, 0])
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zoo.plugins.kernels import TensorRef
+from zoo.plugins.skinny_gemm import kernels
+from zoo.plugins.skinny_gemm.cuda import launches, tiling
+dtype, out, *scales = sys.argv[1:]
+scales = [TensorRef("ws", "float32", (6144,)), TensorRef("xs", "float32", ())] if dtype == "float8e4m3" else []
+x, w, y = TensorRef("x", dtype, ("T", 4096)), TensorRef("w", dtype, (6144, 4096)), TensorRef("y", out, ("T", 6144))
+for launch in launches(x, w, y, tiling(16, 6144, 4096, dtype), *scales, counters="zeros"):
+    kernel = launch.kernel
+    function, types, constants = getattr(kernels, kernel.source.partition(":")[2]), dict(kernel.args), dict(kernel.constants)
+    source = ASTSource(fn=function, signature={one: types.get(one, "constexpr") for one in function.arg_names},
+                       constexprs=constants,
+                       attrs={(at,): [["tt.divisibility", 16]] for at, one in enumerate(function.arg_names)
+                              if types.get(one, "").startswith("*")})
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "product"),
+    [("float8e4m3", "bfloat16", "m64n16k32.f32.e4m3.e4m3"), ("bfloat16", "float32", "m64n16k16.f32.bf16.bf16")],
+)
+def test_the_machine_code_of_sm_90(dtype: str, out: str, product: str) -> None:
+    """Weights are the wide side of Hopper's own products, and come in 16 bytes at a time, past the registers."""
+    done = subprocess.run([sys.executable, "-c", COMPILE, dtype, out], env={"TRITON_INTERPRET": "0", "HOME": str(Path.home())},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"wgmma.mma_async.sync.aligned.{product}" in done.stdout and "mma.sync" not in done.stdout
+    copies = [line for line in done.stdout.splitlines() if "cp.async." in line and "global" in line]
+    assert copies and all("cp.async.cg.shared.global" in line and "0x10" in line for line in copies)
+    assert "atom.global.gpu.acq_rel.add" in done.stdout  # one launch, not two

@@ -1,0 +1,148 @@
+"""Launches of ``ZooCachedAttention`` and its variants: tiles of prefill, then decode, then the merge of decode's parts.
+
+Shape legend: T tokens, B sequences, W prefill tiles, S splits, H heads, K key/value heads, G = H / K, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.plugins.kernels import CudaNode, Kernel, Launch, Lower, Scratch, Size, TensorRef, fixed
+
+KERNELS = "zoo.plugins.cached_attention.kernels"
+OPS = ("ZooCachedAttention", "ZooCachedAttentionFp8", "ZooCachedAttentionOut8", "ZooCachedAttentionFp8Out8")
+TILE = 128  # queries of a prefill tile, at most; ``zoo.runtime.cuda_indices`` cuts by the same number
+PROGRAMS = 2048  # parts of contexts, over all key/value heads, that scratch has room for
+
+Constants = dict[str, int | float | bool | str]
+
+
+def lower(node: CudaNode) -> list[Launch]:
+    """Three launches. A step without tiles has no first one; sequences that one of them is not for cost it one load.
+
+    Tuning: ``prefill_block_m``, ``prefill_block_n``, ``prefill_warps``, ``prefill_stages``, ``decode_block_n``,
+    ``decode_warps``, ``decode_stages``, ``decode_least`` (positions of a context's part, at least).
+    """
+    given = [tensor for tensor in node.inputs if tensor is not None]
+    assert len(given) == 6 + node.op.endswith("Out8") + ("Fp8" in node.op), f"{node.name}: {len(given)} inputs"
+    q, kv, block_table, query_starts, kv_lengths, prefill_tiles, *scales = given
+    kv_scale = scales[0] if "Fp8" in node.op else kv_lengths  # what is not read still wants an argument
+    out_scale = scales[-1] if node.op.endswith("Out8") else kv_lengths
+    (out,) = node.outputs
+    heads, kv_heads, size = (int(node.attrs[name]) for name in ("num_heads", "kv_heads", "head_dim"))
+    choices = _choices(size, heads // kv_heads, kv.dtype == "float8e4m3", node.tuning)
+    block_d = max(32, _power_of_two(size))
+    width: tuple[str, TensorRef | Size] = ("table_width", _width(block_table, node))
+    shape: Constants = {"H": heads, "K": kv_heads, "D": size, "BLOCK_SIZE": int(node.attrs["block_size"])}
+    window = int(node.attrs["window"])
+    bend: Constants = {"SCALE": float(node.attrs["scale"]), "WINDOW": window, "SOFTCAP": float(node.attrs["softcap"])}
+
+    block_m, block_n = choices["prefill_block_m"], choices["prefill_block_n"]
+    parts = -(-TILE * (heads // kv_heads) // block_m)
+    prefill = _launch(
+        "prefill",
+        (fixed(kv_heads * parts), Size("W"), fixed(1)),
+        [
+            *zip(("q", "kv", "block_table", "prefill_tiles"), (q, kv, block_table, prefill_tiles), strict=True),
+            *zip(("kv_scale", "out_scale", "out"), (kv_scale, out_scale, out), strict=True),
+            width,
+        ],
+        shape | bend | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "PARTS": parts},
+        choices["prefill_warps"],
+        choices["prefill_stages"],
+    )
+
+    slots = slots_of(kv_heads)
+    partials = Scratch(f"{node.name}.partials", fixed(4 * slots * heads * size))
+    stats = Scratch(f"{node.name}.stats", fixed(4 * slots * heads))
+    block_n = choices["decode_block_n"]
+    split: Constants = {"LEAST": max(block_n, choices["decode_least"] // block_n * block_n), "SLOTS": slots}
+    decode = _launch(
+        "decode",
+        (fixed(kv_heads), Size("S"), Size("B")),
+        [
+            *zip(("q", "kv", "block_table"), (q, kv, block_table), strict=True),
+            *zip(("query_starts", "kv_lengths"), (query_starts, kv_lengths), strict=True),
+            *zip(("kv_scale", "out_scale", "out"), (kv_scale, out_scale, out), strict=True),
+            ("partials", partials),
+            ("stats", stats),
+            width,
+            ("splits", Size("S")),
+        ],
+        shape
+        | bend
+        | {"COLS": max(8, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n, "BLOCK_D": block_d}
+        | split,
+        choices["decode_warps"],
+        choices["decode_stages"],
+    )
+    merge = _launch(
+        "merge",
+        (fixed(heads), Size("B"), fixed(1)),
+        [
+            ("partials", partials),
+            ("stats", stats),
+            *zip(("query_starts", "kv_lengths"), (query_starts, kv_lengths), strict=True),
+            *zip(("out_scale", "out"), (out_scale, out), strict=True),
+            ("splits", Size("S")),
+        ],
+        {"H": heads, "D": size, "WINDOW": window, "BLOCK_N": block_n, "BLOCK_D": block_d} | split | {"BLOCK_S": 16},
+        1,
+        1,
+    )
+    return [prefill, decode, merge]
+
+
+def slots_of(kv_heads: int) -> int:
+    """Parts of contexts that scratch holds for each key/value head, with all its heads. Kernels never make more."""
+    return max(PROGRAMS // kv_heads, 1)
+
+
+def _choices(size: int, group: int, fp8: bool, tuning: Mapping[str, Any]) -> dict[str, int]:
+    """Tile sizes, warps and stages, by head size, heads of a group and pool: as large as registers and shared memory allow.
+
+    ``tuning`` has the last word.
+    """
+    wide = size > 128
+    defaults = {
+        "prefill_block_m": 128,
+        "prefill_block_n": (32 if fp8 else 64) if wide else 128,
+        "prefill_warps": 8,
+        "prefill_stages": 3,
+        "decode_block_n": 64 if wide or group > 8 else 128,
+        "decode_warps": 4,
+        "decode_stages": 3,
+        "decode_least": 128,
+    }
+    return {key: int(tuning.get(key, value)) for key, value in defaults.items()}
+
+
+def _width(block_table: TensorRef, node: CudaNode) -> Size:
+    """Blocks in a row of the table: of this step, or fixed."""
+    columns = block_table.shape[-1]
+    assert columns == "P" or isinstance(columns, int), f"{node.name}: a block table of {block_table.shape}"
+    return Size("P") if columns == "P" else fixed(int(columns))
+
+
+def _launch(
+    function: str,
+    grid: tuple[Size, Size, Size],
+    args: list[tuple[str, TensorRef | Scratch | Size]],
+    constants: Constants,
+    warps: int,
+    stages: int,
+) -> Launch:
+    types, values = [], []
+    for name, arg in args:
+        types.append((name, arg.pointer if isinstance(arg, TensorRef) else "*fp32" if isinstance(arg, Scratch) else "i32"))
+        values.append(arg.name if isinstance(arg, TensorRef) else arg)
+    kernel = Kernel(f"{KERNELS}:{function}", tuple(types), tuple(constants.items()), warps, stages)
+    return Launch(kernel, grid, tuple(values))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+LOWERS: dict[str, Lower] = dict.fromkeys(OPS, lower)

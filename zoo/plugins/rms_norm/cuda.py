@@ -1,0 +1,24 @@
+"""Launches of the RMS norm zoo ops, and of ONNX's RMSNormalization, which has the same kernels."""
+
+from __future__ import annotations
+
+from zoo.plugins.kernels import CudaNode, Launch
+from zoo.plugins.standard.tile import row_tiles
+
+KERNELS = "zoo.plugins.rms_norm.kernels"
+# op type -> the kernel, whose parameters are its inputs, then its outputs
+FUNCTIONS = {
+    "RMSNormalization": ("rms_norm", ("x", "weight"), ("y",)),
+    "ZooRmsNormFp8": ("rms_norm_fp8", ("x", "weight", "y_scale"), ("y",)),
+    "ZooAddRmsNorm": ("add_rms_norm", ("x", "residual", "weight"), ("sum", "y")),
+    "ZooAddRmsNormFp8": ("add_rms_norm_fp8", ("x", "residual", "weight", "y_scale"), ("sum", "y")),
+}
+
+
+def lower(node: CudaNode) -> list[Launch]:
+    """One launch, one or more rows a program."""
+    function, inputs, outputs = FUNCTIONS[node.op]
+    given = [tensor for tensor in node.inputs if tensor is not None]
+    tensors = [*zip(inputs, given, strict=True), *zip(outputs, node.outputs, strict=True)]
+    epsilon = float(node.attrs.get("epsilon", 1e-5))
+    return [row_tiles(node, given[0]).launch(f"{KERNELS}:{function}", tensors, [("epsilon", "fp32", epsilon)])]

@@ -1,0 +1,107 @@
+"""Kernels of standard operators. All compute in float32 and round once, to the dtype of the output.
+
+Shape legend: ``rows`` at run time, WIDTH columns; a program makes a tile [ROWS, BLOCK].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zoo.plugins.gated_activation.kernels import activate, sigmoid
+
+
+@triton.jit
+def unary(
+    x, y, rows,
+    OP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = f(x), both [rows, WIDTH]. OP: cast, sigmoid, or the kind of an activation as a number (``activate``)."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    values = tl.load(x + first * WIDTH + at, mask, other=0)
+    if OP == "sigmoid":
+        values = sigmoid(values.to(tl.float32))
+    elif OP != "cast":
+        values = activate(values.to(tl.float32), OP)
+    tl.store(y + first * WIDTH + at, values.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def binary(
+    a, b, y, rows,
+    OP: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = a + b or a * b: a, y [rows, WIDTH], b the same, or one row [WIDTH] that all rows share. OP: add, multiply."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    left = tl.load(a + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    if SHARED:
+        right = tl.load(b + col, col < WIDTH, other=0.0).to(tl.float32)
+    else:
+        right = tl.load(b + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    if OP == "add":
+        result = left + right
+    else:
+        tl.static_assert(OP == "multiply")
+        result = left * right
+    tl.store(y + first * WIDTH + at, result.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def copy_columns(
+    x, y, rows,
+    FROM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = x[:, START : START + WIDTH]: x [rows, FROM], y [rows, WIDTH]."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows - first) & (col < WIDTH)
+    values = tl.load(x + first * FROM + START + row * FROM + col, mask)
+    tl.store(y + first * WIDTH + row * WIDTH + col, values, mask)
+
+
+@triton.jit
+def gather_rows(
+    data, indices, y, height, rows,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = data[indices]: data [height, WIDTH], indices [rows] int32 or int64, negative ones from the end, y [rows, WIDTH].
+
+    An index beyond the data reads what is not there: ONNX calls it an error, and nobody checks it here.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows - first) & (col < WIDTH)
+    index = tl.load(indices + first + row, row < rows - first, other=0).to(tl.int64)
+    index = tl.where(index < 0, index + height, index)
+    tl.store(y + first * WIDTH + row * WIDTH + col, tl.load(data + index * WIDTH + col, mask), mask)
+
+
+@triton.jit
+def layer_norm(
+    x, weight, bias, y, epsilon, rows,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = (x - mean) / sqrt(var + epsilon) * weight + bias (Ba et al. 2016): x, y [rows, WIDTH], weight, bias [WIDTH].
+
+    The variance is taken of the differences in registers, a second sum: E[x²] - E[x]² would cancel. The bias is asked for
+    early, as all else, unless a row leaves no registers for it.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
+    if BLOCK <= 16384:
+        biases = tl.load(bias + col, col < WIDTH, other=0.0).to(tl.float32)
+    mean = tl.sum(values, axis=1, keep_dims=True) * (1.0 / WIDTH)
+    centered = tl.where(col < WIDTH, values - mean, 0.0)
+    variance = tl.sum(centered * centered, axis=1, keep_dims=True) * (1.0 / WIDTH)
+    normed = centered * tl.rsqrt(variance + epsilon) * weights
+    if BLOCK > 16384:
+        biases = tl.load(bias + col, col < WIDTH, other=0.0).to(tl.float32)
+    normed += biases
+    tl.store(y + first * WIDTH + at, normed.to(y.dtype.element_ty), mask)

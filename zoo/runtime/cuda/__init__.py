@@ -1,0 +1,13 @@
+"""CUDA without torch, triton or a compiler: what a ``cuda`` session stands on.
+
+    driver.py      one GPU through the driver: memory, streams, events, kernels from cubins, graphs
+    arguments.py   the argument blocks of kernel launches
+    cublaslt.py    GEMMs of cuBLASLt, through ctypes
+    runs.py        recipes that are runs of bytes in files
+    streaming.py   file pieces through pinned memory to the GPU, reading and copying at once
+    weights.py     a weight table on the GPU: recipes planned, files streamed, matrices quantized
+    loading.py     an engine's files read, checked and put on the GPU
+    program.py     a launch plan with addresses in it; gemms.py, its products; steps.py and inputs.py, what a step sends
+
+Needs cuda-bindings, the nvidia-cublas wheel for GEMMs, numpy and ml_dtypes. Addresses and handles are plain integers.
+"""

@@ -1,0 +1,199 @@
+"""Sessions of the ``cuda`` target: a launch plan, its kernels and cuBLASLt on one GPU; tokens are sampled there, too.
+
+A step is one copy of inputs, a list of launches, and one copy of token ids back. Steps in which every sequence has one token
+are captured as CUDA graphs, padded to a bucket of sequences; others are launched as they come, which costs the host a
+millisecond or two beside a GPU step of many. ``submit`` queues a step and returns: results are waited for by their tickets.
+
+T tokens, B sequences, P blocks a sequence, R rows of logits, V vocabulary; pools are [blocks, 2, block_size, kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.artifacts.manifest import EngineManifest
+from zoo.errors import ResourceError
+from zoo.resources import size_text
+from zoo.runtime.abi import STEPS_AHEAD, Batch, Sampling, StepResult
+from zoo.runtime.cuda.driver import Array, Device
+from zoo.runtime.cuda.loading import Loaded, item_size, load_engine
+from zoo.runtime.cuda.steps import Step, bucket, captured_step, eager_step
+
+SLOTS = STEPS_AHEAD + 2  # a ticket's arrays are valid until the next submit, and one more step may be under way
+SPARE = 256 << 20  # bytes of GPU memory that are left to graphs, modules and the driver
+CAPTURED = 1024  # sequences up to which a decode step is captured
+
+
+class CudaSession:
+    """One engine on the first visible GPU of its SM.
+
+    ``checkpoint``: folder of an engine that was built without one. ``blocks``: how many blocks of the pools the caller will
+    use; 0: as many as the engine was built for, or as the GPU has memory left. ``fill`` is for tests: a byte that pools and
+    the arena start with.
+
+    Raises UnavailableError without GPU, driver or packages, IncompatibleError for another GPU, ArtifactError for files that
+    do not fit each other, ResourceError when memory is short, CheckpointError when the checkpoint does not fit. ``step`` may
+    be called from another thread than the one that opened it, but from one at a time.
+    """
+
+    samples = True
+
+    def __init__(
+        self, folder: Path, manifest: EngineManifest, checkpoint: Path | None = None, blocks: int = 0, fill: int | None = None
+    ) -> None:
+        self._device = Device(int(manifest.needs["sm"]))
+        self._open = True
+        try:
+            self._setup(folder, manifest, checkpoint, blocks, fill)
+        except BaseException:
+            self.close()
+            raise
+
+    def _setup(self, folder: Path, manifest: EngineManifest, checkpoint: Path | None, blocks: int, fill: int | None) -> None:
+        device = self._device
+        self._stream = device.stream()
+        engine = load_engine(device, self._stream, folder, manifest, checkpoint)
+        self._engine: Loaded = engine
+        self.vocab_size = engine.vocab_size
+        count = self._place_pools(manifest, blocks, fill)
+        self.limits = dataclasses.replace(engine.limits, max_blocks=count)
+        if fill is not None:
+            device.fill(engine.arena, fill, engine.arena_size, self._stream)
+        engine.link()
+        rows = self.limits.max_rows
+        self._ids = [device.pinned(4 * rows).view(np.int32) for _ in range(SLOTS)]
+        self._logits: list[Array | None] = [None] * SLOTS
+        self._done = [device.event() for _ in range(SLOTS)]
+        self._graphs: dict[tuple[Any, ...], int] = {}
+        self._next = 0
+        device.wait(self._stream)
+
+    def _place_pools(self, manifest: EngineManifest, blocks: int, fill: int | None) -> int:
+        """Give the pools what memory is left, up to what is wanted; the number of blocks."""
+        caches = manifest.abi.caches
+        block = sum(prod(cache.shape[1:]) * item_size(cache.dtype) for cache in caches)
+        limits = self._engine.limits
+        free = self._device.memory()[0] - SPARE
+        count = min(blocks or limits.max_blocks, limits.max_blocks, free // block)
+        least = 1 + -(-limits.max_context // limits.block_size)
+        if count < min(least, blocks or least):
+            fitting = max(0, (free // block - 1) * limits.block_size)
+            raise ResourceError(
+                f"{self._device.name} has {size_text(max(free, 0))} left beside the weights; the KV pools of one context of "
+                f"{limits.max_context} tokens need {size_text(least * block)}, {size_text(least * block - free)} more. "
+                + (f"Build the engine with limits.max_context={fitting} or less, or use" if fitting else "Use")
+                + " a GPU with more memory"
+            )
+        for cache in caches:
+            size = count * prod(cache.shape[1:]) * item_size(cache.dtype)
+            place = self._engine.addresses[cache.name] = self._device.allocate(size, f"the KV pool {cache.name}")
+            if fill is not None:
+                self._device.fill(place, fill, size, self._stream)
+        return count
+
+    def step(self, batch: Batch) -> StepResult:
+        """Run one batch; logits [R, vocab] float32. R may be 0."""
+        return self.submit(batch).result()
+
+    def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
+        """Queue a step; see ``zoo.runtime.abi.SamplingSession``."""
+        assert self._open, "the session is closed"
+        self._check(batch)
+        device, slot = self._device, self._next
+        device.use()
+        self._next = (slot + 1) % SLOTS
+        device.wait_event(self._done[slot])
+        decode = len(batch.token_ids) == len(batch.kv_lengths) <= CAPTURED
+        if decode and (size := bucket(len(batch.kv_lengths), self.limits.max_sequences)):
+            step = captured_step(batch, sampling, self.limits, self._engine, size)
+        else:
+            step = eager_step(batch, sampling, self.limits, self._engine)
+        self._engine.inputs.send(slot, step.arrays, self._stream)
+        if decode:
+            self._replay(step)
+        else:
+            self._launch(step)
+        ticket = self._collect(slot, len(batch.logit_rows), sampling)
+        device.record(self._done[slot], self._stream)
+        return ticket
+
+    def _launch(self, step: Step) -> None:
+        engine = self._engine
+        numbers = engine.symbols.set(step.sizes)
+        engine.programs["resolve"].run(numbers, self._stream)
+        engine.programs["graph"].run(numbers, self._stream)
+        if step.chooser:
+            engine.programs[step.chooser].run(numbers, self._stream)
+
+    def _replay(self, step: Step) -> None:
+        """The captured graph of a step's sizes; the first such step is launched as it is, and captured for the next."""
+        key = (step.chooser, *step.sizes.values())
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._launch(step)
+            self._graphs[key] = self._device.capture(self._stream, lambda: self._launch(step))
+        else:
+            self._device.replay(graph, self._stream)
+
+    def _collect(self, slot: int, rows: int, sampling: Sampling | None) -> Ticket:
+        """Queue the copies of what the host wants: token ids, or rows of logits."""
+        wanted = range(rows) if sampling is None else sampling.host_rows.tolist()
+        logits = self._room(slot, len(wanted)) if len(wanted) else None
+        row = 4 * self.vocab_size
+        if sampling is None and logits is not None:
+            self._device.fetch(logits, self._engine.logits, self._stream)
+        elif logits is not None:
+            for place, index in enumerate(wanted):
+                self._device.fetch(logits[place], self._engine.logits + index * row, self._stream)
+        ids = None
+        if sampling is not None:
+            ids = self._ids[slot][:rows]
+            self._device.fetch(ids, self._engine.addresses["sampled"], self._stream)
+        return Ticket(self._device, self._done[slot], logits, ids)
+
+    def _room(self, slot: int, rows: int) -> Array:
+        """Pinned memory for rows of logits [rows, V], made larger as needed."""
+        have = self._logits[slot]
+        if have is None or len(have) < rows:
+            if have is not None:
+                self._device.free(have.ctypes.data)
+            have = self._logits[slot] = self._device.pinned(4 * rows * self.vocab_size).view(np.float32).reshape(rows, -1)
+        return have[:rows]
+
+    def close(self) -> None:
+        """Free everything once the steps under way are over. Calling it twice is allowed."""
+        if not self._open:
+            return
+        self._open = False
+        if hasattr(self, "_engine"):
+            self._engine.close()
+        self._device.close()
+
+    def _check(self, batch: Batch) -> None:
+        """The scheduler keeps the limits; a batch that breaks them is a bug."""
+        limits, tokens, sequences = self.limits, len(batch.token_ids), len(batch.kv_lengths)
+        assert 0 < tokens <= limits.max_tokens, f"{tokens} tokens in a step, the engine takes {limits.max_tokens}"
+        assert 0 < sequences <= limits.max_sequences, f"{sequences} sequences in a step, the engine takes {limits.max_sequences}"
+        assert len(batch.logit_rows) <= limits.max_rows, f"{len(batch.logit_rows)} rows, the engine takes {limits.max_rows}"
+        assert batch.token_ids.max() < self.vocab_size, "a token id outside the vocabulary"
+        for table in batch.block_tables.values():
+            assert table.shape[0] == sequences and table.min() >= 0 and table.max() < limits.max_blocks, (
+                "a block outside the pool"
+            )
+
+
+class Ticket:
+    """A step under way."""
+
+    def __init__(self, device: Device, done: int, logits: Array | None, ids: Array | None) -> None:
+        self._device, self._done, self._logits, self._ids = device, done, logits, ids
+
+    def result(self) -> StepResult:
+        """Wait for the step; its arrays are valid until the next but one ``submit``."""
+        self._device.wait_event(self._done)
+        return StepResult(logits=self._logits, token_ids=self._ids)
