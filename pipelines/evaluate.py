@@ -2,9 +2,11 @@
 
     python -m pipelines.evaluate held_out.py models=zoo-demo quant=none
     python -m pipelines.evaluate held_out.py models=zoo-demo quant=fp8
+    python -m pipelines.evaluate held_out.py --engine REF [REGISTRY]
 
-Builds (or finds) the CPU engine of the overrides with logits for every row. The text is cut into windows of the engine's context;
-each window is computed in chunks of ``max_tokens`` and each token but a window's first is predicted. Prints JSON.
+Builds (or finds) the CPU engine of the overrides with logits for every row; or takes an engine that is stored, for a GPU too, if
+it gives that many rows (limits.max_rows). The text is cut into windows of the engine's context; each window is computed in chunks
+of ``TOKENS`` and each token but a window's first is predicted. Prints JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ import numpy as np
 
 from zoo import LLM
 from zoo.artifacts.registry import Registry, default_root
-from zoo.build import build
-from zoo.config import compose
 from zoo.errors import ZooError
 from zoo.runtime.abi import Batch, Session
 
@@ -47,11 +47,19 @@ def window_nats(session: Session, tokens: list[int]) -> float:
 
 
 def evaluate(text: str, overrides: list[str]) -> dict[str, float | str | int]:
-    """Perplexity per token and bits per byte of ``text`` under one engine."""
+    """Perplexity per token and bits per byte of ``text`` under the CPU engine of some overrides."""
+    from zoo.build import build
+    from zoo.config import compose
+
     limits = [f"limits.max_tokens={TOKENS}", f"limits.max_rows={TOKENS}", "limits.max_sequences=1"]
     registry = Registry(default_root())
     entry = build(compose(["hardware=cpu", *overrides, *limits]), registry).entry
-    with LLM(entry.ref, registry=registry.root) as llm:
+    return evaluate_engine(text, entry.ref, registry.root)
+
+
+def evaluate_engine(text: str, ref: str, root: Path) -> dict[str, float | str | int]:
+    """The same under an engine that is stored."""
+    with LLM(ref, registry=root) as llm:
         tokens = llm.encode(text, add_special_tokens=False)
         window = llm.limits.max_context
         nats, predicted = 0.0, 0
@@ -60,8 +68,9 @@ def evaluate(text: str, overrides: list[str]) -> dict[str, float | str | int]:
             if len(part) > 1:
                 nats += window_nats(llm.engine.session, part)
                 predicted += len(part) - 1
+        ref = llm.ref
     return {
-        "ref": entry.ref,
+        "ref": ref,
         "tokens": predicted,
         "perplexity": round(math.exp(nats / predicted), 4),
         "bits_per_byte": round(nats / math.log(2) / len(text.encode()), 4),
@@ -70,8 +79,13 @@ def evaluate(text: str, overrides: list[str]) -> dict[str, float | str | int]:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python -m pipelines.evaluate FILE [OVERRIDES]")
+        sys.exit("usage: python -m pipelines.evaluate FILE [OVERRIDES | --engine REF [REGISTRY]]")
+    given, options = Path(sys.argv[1]).read_text(), sys.argv[2:]
     try:
-        print(json.dumps(evaluate(Path(sys.argv[1]).read_text(), sys.argv[2:]), indent=2))
+        if options[:1] == ["--engine"] and len(options) in (2, 3):
+            found = evaluate_engine(given, options[1], Path(options[2]) if len(options) == 3 else default_root())
+        else:
+            found = evaluate(given, options)
+        print(json.dumps(found, indent=2))
     except ZooError as error:
         sys.exit(f"evaluate: {error}")

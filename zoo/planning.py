@@ -21,7 +21,7 @@ def plan_engine(spec: BuildSpec) -> dict[str, Any]:
     graph = rewrite(spec)
     model, limits = spec.model, spec.limits
     weights = sum(math.prod(w.shape) * BYTES[w.dtype] for w in graph.weights.values())
-    token = sum(2 * layer.kv_heads * layer.head_dim * BYTES[spec.dtype] for layer in graph.layers)
+    token = sum(2 * layer.kv_heads * layer.head_dim * BYTES[spec.cache_dtype] for layer in graph.layers)
     pools = token * limits.block_size * limits.max_blocks
     predicted = COMPILERS[spec.compiler].predict(graph, spec)
     data: dict[str, Any] = {

@@ -219,6 +219,7 @@ class HardwareSpec:
     price: float = 0.0
     price_date: str = ""
     tuning: dict[str, Any] = field(default_factory=dict)  # choices of kernels, measured by `zoo tune`; docs/performance.md
+    limits: dict[str, int] = field(default_factory=dict)  # of an engine of our own kernels, where the config says nothing
 
     def __post_init__(self) -> None:
         where = f"hardware {self.name!r}"
@@ -228,6 +229,8 @@ class HardwareSpec:
             _pick(where, "compilers", compiler, COMPILERS)
         for dtype in self.dtypes:
             _pick(where, "dtypes", dtype, DTYPES)
+        for key in self.limits:
+            _pick(where, "limits", key, tuple(one.name for one in dataclasses.fields(Limits)))
         if self.kind == "gpu":
             _at_least(where, "sm", self.sm, 70)
             _at_least(where, "memory", self.memory, 1)

@@ -43,6 +43,7 @@ def write_random(folder: Path, table: list[dict[str, Any]]) -> int:
     (folder / "scales.json").write_text(json.dumps(scales))
     generator = torch.Generator("cuda").manual_seed(0)
     names, written, shard = list(shapes), 0, 0
+    places: dict[str, str] = {}
     while names:
         part: list[str] = []
         size = 0
@@ -56,13 +57,15 @@ def write_random(folder: Path, table: list[dict[str, Any]]) -> int:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         shard += 1
-        with (folder / f"model-{shard:05d}.safetensors").open("wb") as file:
+        places |= dict.fromkeys(part, f"model-{shard:05d}.safetensors")
+        with (folder / places[part[0]]).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in part:
                 values = torch.randn(shapes[name], device="cuda", generator=generator, dtype=torch.float32)
                 values = values * 0.02 if len(shapes[name]) > 1 else 1 + 0.02 * values
                 file.write(values.to(torch.bfloat16).cpu().view(torch.uint8).numpy().data)
         written += size
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     torch.cuda.empty_cache()
     return written
 
@@ -154,7 +157,7 @@ def main() -> int:
 
     with Registry(arguments.registry).open(arguments.ref) as opened:
         table = json.loads((opened.folder / "weights.json").read_text())["weights"]
-    if not (arguments.work / "scales.json").exists():
+    if not (arguments.work / "model.safetensors.index.json").exists():
         started = time.perf_counter()
         size = write_random(arguments.work, table)
         print(f"random checkpoint: {size / 1e9:.1f} GB in {time.perf_counter() - started:.1f} s", flush=True)
@@ -167,7 +170,8 @@ def main() -> int:
     first = time.perf_counter() - started
     session = llm.engine.session
     cache = session.limits.max_blocks * session.limits.block_size
-    print(f"{session._device.name}: loaded in {loaded:.1f} s, first token after {first:.1f} s, {cache:,} tokens of cache", flush=True)
+    name = session._device.name
+    print(f"{name}: loaded in {loaded:.1f} s, first token after {first:.1f} s, {cache:,} tokens of cache", flush=True)
     for pair in arguments.profile.split(",") if arguments.profile else ():
         sequences, context = map(int, pair.split("/"))
         print(f"\ndecode step of {sequences} sequences at context {context}, ms")

@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,22 @@ class Idle:
 
 
 class IdleSampler(Idle):
-    """A session without a model that samples; it is its own ticket."""
+    """A session without a model that samples."""
 
     samples = True
 
     def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
-        self._result = StepResult(token_ids=self._logits[: len(batch.logit_rows)].argmax(axis=1).astype(np.int32))
-        return self
+        return Over(StepResult(token_ids=self._logits[: len(batch.logit_rows)].argmax(axis=1).astype(np.int32)))
+
+
+@dataclass
+class Over:
+    """The ticket of a step that is over."""
+
+    value: StepResult
 
     def result(self) -> StepResult:
-        return self._result
+        return self.value
 
 
 def measure(kind: str, sequences: int, context: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import triton
 from interpreted import assert_rounds_to8, exact, round8
 from one_op import FLOAT8, body_session, cuda_node, limits_of, live, ragged, random_pool, run_body, run_kernels, tensor, to8
 
+from zoo.compilers.cuda.aot import compile_kernels
 from zoo.plugins.cached_attention import PLUGINS, op_name
 from zoo.plugins.cached_attention import cuda as lowering
 from zoo.plugins.cached_attention.cuda import LOWERS, lower
@@ -99,10 +103,7 @@ def run(
     op: str, shape: Shape, given: dict[str, np.ndarray], dtype: str = "float32", splits: int = 1, **tuning: int
 ) -> torch.Tensor:
     """The launches' output, poisoned before."""
-    tensors = {
-        name: tensor(array, dtype if name in ("q", "kv") else str(array.dtype))
-        for name, array in given.items()
-    }
+    tensors = {name: tensor(array, dtype if name in ("q", "kv") else str(array.dtype)) for name, array in given.items()}
     if "Fp8" in op:
         tensors["kv"] = tensor(to8(given["kv"], given["kv_scale"]), "float8e4m3")
     kind = torch.float8_e4m3fn if op.endswith("Out8") else tensors["q"].dtype
@@ -137,10 +138,8 @@ def test_bodies_are_that_of_paged_attention(shape: Shape) -> None:
     given = arrays_of(shape, batch, False)
     rng = np.random.default_rng(7)
     real = len(batch.positions) - 2
-    for name in "kv":
-        given[name * 1 if name == "k" else "v"] = rng.standard_normal(
-            (1, len(batch.positions), shape.kv_heads * shape.size), np.float32
-        )
+    width = shape.kv_heads * shape.size
+    given |= {name: rng.standard_normal((1, len(batch.positions), width), np.float32) for name in ("k", "v")}
     given["kv"] = random_pool(rng, live(batch, shape.block_size, before=True), shape.kv_heads, shape.size)
     whole = run_body(body_session(PAGED, **shape.attributes), given)
     given["kv"] = whole["kv_out"]
@@ -223,6 +222,18 @@ def test_tiles_and_parts_do_not_matter(op: str) -> None:
         assert np.abs(got - want).max() <= (0.07 if op.endswith("Out8") else 2e-3) * np.abs(want).max()
 
 
+def test_sequences_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of eight queries, whose rows are shared by two programs; the last tile of a sequence is not full."""
+    for module in (lowering, cuda_indices):
+        monkeypatch.setattr(module, "TILE", 8)
+    shape = SHAPES["window-softcap"]
+    batch = ragged([20, 1, 17], [31, 5, 17], shape.block_size, seed=12)
+    given = arrays_of(shape, batch, False)
+    assert len(given["prefill_tiles"]) == 6
+    want = expected("ZooCachedAttention", shape, given, 38)
+    close(run("ZooCachedAttention", shape, given, prefill_block_m=8), want, TOLERANCES["float32"])
+
+
 def test_parts_are_no_more_than_scratch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A split number that was asked for fewer sequences than the step has: kernels make fewer parts, not wrong ones."""
     shape = SHAPES["grouped"]
@@ -298,3 +309,27 @@ def test_launches_take_a_tables_width_from_the_step_or_from_its_shape() -> None:
         for one in lower(node)[:2]:
             place = [name for name, _ in one.kernel.args].index("table_width")
             assert one.args[place].at(want) == 9  # type: ignore[union-attr]
+
+
+def test_what_a_hopper_gpu_is_given(tmp_path: Path) -> None:
+    """Compiled ahead of time for SM 9.0: tensor cores by warp groups for prefill, 16 bytes a load, float8 converted by twos.
+
+    No register is spilled. Decode converts each float8 once: 2 * BLOCK_N * D values, by twos, over 128 threads.
+    """
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    shape = Shape(32, 8, 128)
+    shapes: dict[str, Any] = {port.name: port.shape for port in PLUGINS["ZooCachedAttentionFp8"].inputs}
+    shapes |= {"q": (1, "T", 4096), "out": (1, "T", 4096), "kv": ("blocks", 2, 16, 8, 128)}
+    for op in ("ZooCachedAttention", "ZooCachedAttentionFp8"):
+        prefill, decode, merge = lower(cuda_node(PLUGINS[op], "bfloat16", shapes, {}, **shape.attributes))
+        compile_kernels([one.kernel for one in (prefill, decode, merge)], 90, tmp_path)
+        code = {}
+        for one in (prefill, decode, merge):
+            command = [tools / "nvdisasm", "-c", tmp_path / f"{one.kernel.name}.cubin"]
+            code[one] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert "STL" not in code[one]
+        assert "HGMMA" in code[prefill] and "HMMA" in code[decode]
+        loads = 2 * 128 * 128 * (1 if "Fp8" in op else 2) // 16 // 128
+        assert code[decode].count("LDGSTS.E.BYPASS.128") >= loads and "LDS.U8" not in code[decode]
+        if "Fp8" in op:
+            assert code[decode].count("F2FP.F16.E4M3.UNPACK_B") == 2 * 128 * 128 // 2 // 128

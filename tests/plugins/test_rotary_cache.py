@@ -98,7 +98,9 @@ def wanted(op: str, shape: Shape, given: dict[str, np.ndarray]) -> tuple[np.ndar
 
 def rotated(x: np.ndarray, shape: Shape, given: dict[str, np.ndarray]) -> np.ndarray:
     rotary = shape.rotary or shape.size
-    first, second = (slice(0, rotary, 2), slice(1, rotary, 2)) if shape.interleaved else (slice(0, rotary // 2), slice(rotary // 2, rotary))
+    first, second = (
+        (slice(0, rotary, 2), slice(1, rotary, 2)) if shape.interleaved else (slice(0, rotary // 2), slice(rotary // 2, rotary))
+    )
     cos, sin = (given[name].astype(np.float64)[given["positions"]][:, None] for name in ("cos", "sin"))
     out = x.copy()
     out[..., first] = x[..., first] * cos - x[..., second] * sin
@@ -193,9 +195,7 @@ def test_any_tile_gives_the_same_bits(elements: int, heads: int) -> None:
     batch = batch_for(shape)
     given = arrays_of(shape, batch)
     first, _, pool = run("ZooRotaryCacheNormFp8", shape, batch, given, "float16")
-    other, _, same = run(
-        "ZooRotaryCacheNormFp8", shape, batch, given, "float16", rotary_elements=elements, rotary_heads=heads
-    )
+    other, _, same = run("ZooRotaryCacheNormFp8", shape, batch, given, "float16", rotary_elements=elements, rotary_heads=heads)
     np.testing.assert_array_equal(exact(first["q"]), exact(other["q"]))
     np.testing.assert_array_equal(pool[1:], same[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from fake_session import limits, params
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,42 @@ def test_removed_sequences_give_everything_back_and_are_never_served() -> None:
     scheduler.remove("d")
     assert scheduler.blocks.used_blocks == 0 and len(scheduler) == 0 and scheduler.schedule() is None
     assert not scheduler.rows.tables.any()
+
+
+@pytest.mark.parametrize(("blocks", "left"), [(8, ["a", "b", "c", "d"]), (7, ["a", "b", "c"])])
+def test_sequences_that_need_a_block_in_the_same_step_get_one_each_or_the_last_makes_room(blocks: int, left: list[str]) -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(limits(max_blocks=blocks + 1))
+    for name in "abcd":
+        add(scheduler, name, 1, new=30)
+    for _ in range(4):
+        run(scheduler)  # 4 known and computed tokens each, and one more
+    assert scheduler.blocks.used_blocks == 4
+    step, served = run(scheduler)
+    assert list(served) == left and scheduler.preemptions == 4 - len(left)
+    tables = step.batch.block_tables["full"]
+    assert tables.tolist() == [scheduler.blocks.owned(sequence) for sequence in step.sequences]
+    assert tables.shape == (len(left), 2)
+
+
+def test_tokens_that_are_only_named_are_computed_ahead_and_settled_after() -> None:
+    """Two steps are planned before the first one's tokens are there; the one that reaches its limit sits out."""
+    scheduler: Scheduler[Sequence] = Scheduler(limits())
+    a, b = add(scheduler, "a", 3, new=5), add(scheduler, "b", 2, new=1)
+    first = scheduler.schedule()
+    assert first is not None and first.last is not None and first.last.tolist() == [False, True]
+    scheduler.rows.expect(first, scheduler.rows.sample(first))
+    assert (a.known, a.generated, b.known) == (4, 0, 2)
+    second = scheduler.schedule()
+    assert second is not None and second.batch.token_ids.tolist() == [-1] and second.sequences == [a]
+    scheduler.rows.expect(second, scheduler.rows.sample(second))
+    scheduler.rows.settle(first, np.array([7, 8], np.int32))
+    assert a.tokens.tolist() == [1, 2, 3, 7, -1] and b.tokens.tolist() == [1, 2, 8] and a.generated == 1
+    scheduler.remove("b")
+    scheduler.rows.settle(second, np.array([9], np.int32))
+    assert a.tokens.tolist() == [1, 2, 3, 7, 9]
+    third = scheduler.schedule()
+    assert third is not None and third.batch.token_ids.tolist() == [9]
+    assert scheduler.rows.sample(third).rows["counter"].tolist() == [2]
 
 
 def test_fewer_rows_than_sequences_bound_what_runs() -> None:

@@ -26,8 +26,8 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8e4m3": 1, "int32
 DTYPE_NAMES = {code: name for name, code in ONNX_TYPES.items()}
 
 # Peak memory of a build as a multiple of the weights in the engine's dtype. TensorRT holds the weights it was given, its
-# own copy and the plan at once (measured: 3.0 at 1.5 G float16 weights); ONNX Runtime engines are stored as recipes.
-BUILD_WEIGHTS = {"onnxruntime": 0.0, "tensorrt_rtx": 3.0, "tensorrt": 3.0, "cuda": 1.0}
+# own copy and the plan at once (measured: 3.0 at 1.5 G float16 weights); the others are stored as recipes.
+BUILD_WEIGHTS = {"onnxruntime": 0.0, "tensorrt_rtx": 3.0, "tensorrt": 3.0, "cuda": 0.0}
 # Memory of a running engine as a multiple of its weights, and what its runtime takes beside weights and pools (bytes).
 RUN_WEIGHTS = {"onnxruntime": 1.0, "tensorrt_rtx": 1.0, "tensorrt": 1.0, "cuda": 1.0}
 PROCESS = 500_000_000  # interpreter, libraries, activations of one step: an allowance
@@ -156,5 +156,5 @@ def predict(graph: ModelGraph, build: BuildSpec) -> dict[str, int]:
     return {
         "build_ram": PROCESS + int(weights * BUILD_WEIGHTS[build.compiler]),
         "run_ram": PROCESS + int(weights * RUN_WEIGHTS[build.compiler]) + pools,
-        "disk": 10_000_000 + (0 if build.compiler == "onnxruntime" else weights),
+        "disk": 10_000_000 + (0 if BUILD_WEIGHTS[build.compiler] == 0 else weights),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
             f"quant {quant.name!r} keeps keys and values as {quant.kv_cache}, which compiler {compiler!r} cannot; choose a quant "
             f"with kv_cache none, such as quant=fp8, or hardware that one of these builds for: {', '.join(able)}"
         )
+    cache = "float8e4m3" if quant.kv_cache == "fp8" else dtype
     if not 0 <= data["threads"] <= 1024:
         raise ConfigError(
             f"{composed.origin('threads')}: threads is {data['threads']}; it must be at least 0 (0: all) and at most 1024"
@@ -86,13 +88,31 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
         quant=quant,
         hardware=hardware,
         parallel=parallel,
-        limits=limits.resolve(model),
+        limits=_limits(composed, limits, hardware, compiler, cache).resolve(model),
         compiler=compiler,
         dtype=dtype,
         threads=data["threads"] if hardware.kind == "cpu" else 0,  # a GPU engine has no use for them
         registry=str(files.expand(data["registry"]["path"])) if data["registry"]["path"] else "",
         overrides=tuple(overrides),
     )
+
+
+def _limits(composed: Composed, limits: Limits, hardware: HardwareSpec, compiler: str, cache: str) -> Limits:
+    """Limits that nobody chose, for a target of our own kernels: the hardware's, and pools as large as its memory.
+
+    A session gives its pools what memory is left, so ``max_blocks`` is a bound there and not a size.
+    """
+    if not TARGETS[compiler].kernels:
+        return limits
+    unsaid = Limits()
+    for key, value in hardware.limits.items():
+        if getattr(limits, key) == getattr(unsaid, key) and not composed.origin(f"limits.{key}").startswith("override"):
+            limits = dataclasses.replace(limits, **{key: value})
+    if not limits.max_blocks:
+        model = composed.data["model"]
+        token = model["num_layers"] * 2 * model["num_kv_heads"] * model["head_dim"] * (1 if cache == "float8e4m3" else 2)
+        limits = dataclasses.replace(limits, max_blocks=min(hardware.memory // (token * limits.block_size), (1 << 31) - 1))
+    return limits
 
 
 def _spec(kind: type, composed: Composed, part: str) -> Any:

@@ -183,11 +183,9 @@ class Engine:
     def _land(self, flight: _Flight) -> list[Piece]:
         """Wait for a step, and give its pieces."""
         result = self._attempt(flight.step, flight.ticket.result)
-        return (
-            self._fail(flight.step, result)
-            if isinstance(result, str)
-            else self._postprocess(flight.step, flight.sampling, result)
-        )
+        if isinstance(result, str):
+            return self._fail(flight.step, result)
+        return self._postprocess(flight.step, flight.sampling, result)
 
     def _attempt(self, step: Step[Request], call: Callable[[], T]) -> T | str:
         """What the session gives, or why it failed. Bugs and interrupts drop the step's requests and go up."""

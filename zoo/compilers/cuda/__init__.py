@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.compilers.base import CompiledEngine, Compiler, Progress
+from zoo.compilers.base import PROCESS, CompiledEngine, Compiler, Progress, pool_bytes, predict, weight_bytes
 from zoo.compilers.onnxruntime import check_sources
 from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ModelGraph
@@ -48,6 +48,12 @@ class CudaCompiler(Compiler):
             able = ", ".join(f"{sm // 10}.{sm % 10}" for sm in sms)
             return f"it builds for GPUs of SM {able}, and {hardware.name!r} is none; pick another compiler"
         return ""
+
+    def predict(self, graph: ModelGraph, build: BuildSpec) -> dict[str, int]:
+        """As for every compiler, with the least pools that a session opens with: it gives them what memory is left."""
+        limits = build.limits.resolve(build.model)
+        least = pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // limits.max_blocks
+        return predict(graph, build) | {"run_ram": weight_bytes(graph) + least + PROCESS}
 
     def compile(
         self,

@@ -39,6 +39,15 @@ def _places(pages, position, BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr):
 
 
 @triton.jit
+def _load(at, inside, WHOLE: tl.constexpr):
+    """Keys or values. WHOLE: head sizes are powers of two, so that all of a tile is ``inside`` and no mask is spent on it."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _unit(queries, axis: tl.constexpr):
     """The power of two next below each query's largest value."""
     most = tl.max(tl.abs(queries), axis, keep_dims=True)
@@ -117,16 +126,12 @@ def _attend(
     MASKED  some query does not see some of these positions
     """
     sums, total, most = state
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[None, :]
     for n in tl.range(first, stop, BLOCK_N):
         place = n + tl.arange(0, BLOCK_N)
         start = _places(pages, tl.minimum(place, last) if MASKED else place, BLOCK_SIZE, ROW)
-        if D == BLOCK_D:
-            keys = tl.load(pool + start[:, None] + d[None, :])
-            values = tl.load(pool + (start + BLOCK_SIZE * ROW)[:, None] + d[None, :])
-        else:
-            keys = tl.load(pool + start[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-            values = tl.load(pool + (start + BLOCK_SIZE * ROW)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        keys = _load(pool + start[:, None] + d, d < D, D == BLOCK_D)
+        values = _load(pool + (start + BLOCK_SIZE * ROW)[:, None] + d, d < D, D == BLOCK_D)
         scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)))
         seen = place[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -233,9 +238,9 @@ def decode(
     split = tl.program_id(1)
     sequence = tl.program_id(2)
     token = tl.load(query_starts + sequence)
+    length = tl.load(kv_lengths + sequence)
     if tl.load(query_starts + sequence + 1) - token != 1:
         return
-    length = tl.load(kv_lengths + sequence)
     begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     part, splits = _part(length - begin, splits, SLOTS, tl.num_programs(2), BLOCK_N, LEAST)
     first = begin + split * part
@@ -268,29 +273,17 @@ def decode(
     for n in tl.range(first, last + 1, BLOCK_N):
         place = n + tl.arange(0, BLOCK_N)
         start = _places(pages, tl.minimum(place, last), BLOCK_SIZE, ROW)
-        at_keys = pool + start[:, None] + along
-        if D == BLOCK_D:
-            keys = tl.load(at_keys)
-        else:
-            keys = tl.load(at_keys, mask=along < D, other=0.0)
+        keys = _load(pool + start[:, None] + along, along < D, D == BLOCK_D)
         scores = tl.dot(keys.to(queries.dtype), queries)
         weights, fade, most = _weigh(scores, (place <= last)[:, None], factor, most, 0, SOFTCAP, True)
         total = total * fade + weights
         if FP8:
-            at_pairs = pairs_pool + (start + BLOCK_SIZE * ROW)[None, :] // 2 + half
-            if D == BLOCK_D:
-                pairs = tl.load(at_pairs)
-            else:
-                pairs = tl.load(at_pairs, mask=half < D // 2, other=0)
+            pairs = _load(pairs_pool + ((start + BLOCK_SIZE * ROW) >> 1)[None, :] + half, half < D // 2, D == BLOCK_D)
             low, high = _unpack(pairs)
             even = tl.dot(low, weights.to(tl.float16), even * fade)
             odd = tl.dot(high, weights.to(tl.float16), odd * fade)
         else:
-            at_values = pool + (start + BLOCK_SIZE * ROW)[None, :] + d
-            if D == BLOCK_D:
-                values = tl.load(at_values)
-            else:
-                values = tl.load(at_values, mask=d < D, other=0.0)
+            values = _load(pool + (start + BLOCK_SIZE * ROW)[None, :] + d, d < D, D == BLOCK_D)
             sums = tl.dot(values, weights.to(values.dtype), sums * fade)
 
     whole = tl.sum(total, 0, keep_dims=True)
@@ -317,9 +310,9 @@ def merge(
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     token = tl.load(query_starts + sequence)
+    length = tl.load(kv_lengths + sequence)
     if tl.load(query_starts + sequence + 1) - token != 1:
         return
-    length = tl.load(kv_lengths + sequence)
     context = tl.minimum(length, WINDOW) if WINDOW > 0 else length
     part, splits = _part(context, splits, SLOTS, tl.num_programs(1), BLOCK_N, LEAST)
     if part >= context:

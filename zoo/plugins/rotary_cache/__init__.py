@@ -142,6 +142,4 @@ def _plugin(kind: str, fp8: bool) -> Plugin:
     )
 
 
-PLUGINS: dict[str, Plugin] = {
-    kind + FP8 * fp8: _plugin(kind, fp8) for kind in (ROTARY, NORM, WRITE) for fp8 in (False, True)
-}
+PLUGINS: dict[str, Plugin] = {kind + FP8 * fp8: _plugin(kind, fp8) for kind in (ROTARY, NORM, WRITE) for fp8 in (False, True)}

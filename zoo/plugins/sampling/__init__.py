@@ -8,6 +8,8 @@ Order and meaning are ``zoo.runtime.sampler``'s, with two differences that no te
 likely as the last one of a nucleus are all in it, and a nucleus of very many tokens may take in, or leave out, tokens that
 together have a part 2**-17 of its probability.
 
+A seed gives other tokens here than on the host, whose random numbers are others.
+
 A row whose largest logit is no finite number, where NaN counts as largest, gives -1.
 
 A row is read once, in groups of 64 logits, each of which leaves its largest one and the sum of its exponentials. From those

@@ -1,0 +1,206 @@
+"""Sampling kernels on a GPU: right first, then microseconds.
+
+    python tests/gpu/sampling_bench.py [--quick]
+
+Needs torch with CUDA, triton and numpy. Modules are loaded without their packages, which need more than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+for package in ("zoo", "zoo.plugins", "zoo.runtime"):  # without their __init__.py
+    module = types.ModuleType(package)
+    module.__path__ = [str(ROOT / package.replace(".", "/"))]
+    sys.modules[package] = module
+
+from zoo.plugins.kernels import Launch, Size  # noqa: E402
+from zoo.plugins.sampling import cuda  # noqa: E402
+from zoo.runtime.abi import SAMPLING  # noqa: E402
+from zoo.runtime.request import SamplingParams  # noqa: E402
+from zoo.runtime.sampler import candidates  # noqa: E402
+
+VOCAB = 128256
+REPEATS = 50
+
+
+class Rows:
+    """Tensors of a step with R rows."""
+
+    def __init__(self, logits: torch.Tensor, params: dict[str, Any], seed: int = 0) -> None:
+        rows, vocab = logits.shape
+        record = np.zeros(rows, SAMPLING)
+        record["temperature"], record["top_k"] = params.get("temperature", 1.0), params.get("top_k", 0)
+        record["top_p"], record["min_p"] = params.get("top_p", 1.0), params.get("min_p", 0.0)
+        record["seed"][:, 0], record["counter"] = seed, np.arange(rows)
+        self.rows, self.vocab = rows, vocab
+        self.tensors = {"logits": logits, "sampled": torch.full((rows,), -7, dtype=torch.int32, device="cuda")}
+        self.tensors["sampling"] = torch.from_numpy(record.view(np.int32).reshape(rows, 8)).cuda()
+        for name, size in cuda.scratch(vocab, rows).items():
+            kind = torch.int32 if name.split(".")[1] in ("place", "listed", "counts") else torch.float32
+            self.tensors[name] = torch.zeros(size // 4, dtype=kind, device="cuda")
+
+    def run(self, kind: str) -> torch.Tensor:
+        for launch in cuda.launches(self.vocab)[kind]:
+            start(launch, self.tensors, {"R": self.rows})
+        return self.tensors["sampled"]
+
+
+def start(launch: Launch, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> None:
+    """One launch, through Triton's own launcher."""
+    path, _, function = launch.kernel.source.partition(":")
+    kernel = getattr(importlib.import_module(path), function)
+    given = [tensors[arg] if isinstance(arg, str) else arg.at(sizes) if isinstance(arg, Size) else arg for arg in launch.args]
+    grid = tuple(side.at(sizes) for side in launch.grid)
+    options = {"num_warps": launch.kernel.num_warps, "num_stages": launch.kernel.num_stages}
+    kernel[grid](*given, **dict(launch.kernel.constants), **options)
+
+
+def normal(rows: int, vocab: int, spread: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return spread * torch.randn(rows, vocab, generator=generator, device="cuda")
+
+
+def check_greedy() -> None:
+    for rows, vocab in ((1, VOCAB), (64, VOCAB), (1024, 1000), (3, 50257), (5, 262144)):
+        logits = normal(rows, vocab, 3.0)
+        logits[0, : vocab // 2] = logits[0].max()  # the lowest id of many equals
+        expected = logits.cpu().numpy().argmax(axis=1)
+        for kind in ("greedy", "sample"):
+            found = Rows(logits, {"temperature": 0.0}).run(kind).cpu().numpy()
+            assert (found == expected).all(), (kind, rows, vocab)
+    logits = normal(4, VOCAB, 3.0)
+    logits[1, 77], logits[2] = float("nan"), float("-inf")
+    for params in ({"temperature": 0.0}, {}, {"top_k": 5}):
+        found = Rows(logits, params).run("sample").tolist()
+        assert found[1] == found[2] == -1 and min(found[0], found[3]) >= 0, (params, found)
+    print("greedy: right")
+
+
+def check_candidates() -> None:
+    """Every token is one that the numpy sampler may draw, with the least slack for sums in another order."""
+    for spread in (0.05, 1.0, 4.0):
+        logits = normal(24, VOCAB, spread, seed=3)
+        host = logits.cpu().numpy()
+        for params in (
+            {"top_k": 1},
+            {"top_k": 50},
+            {"top_k": 3000},
+            {"top_p": 0.5},
+            {"top_p": 0.95, "temperature": 0.6},
+            {"min_p": 0.05},
+            {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "temperature": 1.4},
+        ):
+            found = Rows(logits, params, seed=9).run("sample").cpu().numpy()
+            nearly = SamplingParams(
+                temperature=params.get("temperature", 1.0),
+                top_k=int(params.get("top_k", 0)),
+                top_p=min(1.0, params.get("top_p", 1.0) + 1e-4),
+                min_p=params.get("min_p", 0.0) * 0.9999,
+            )
+            for token, row in zip(found.tolist(), host, strict=True):
+                assert token in candidates(row, nearly)[0], (spread, params, token)
+    print("filters: every token is a candidate")
+
+
+def check_distribution() -> None:
+    """Chi-square of 16384 draws, and the same draws whatever the batch."""
+    vocab, draws = 5000, 16384
+    row = normal(1, vocab, 2.0, seed=5)
+    logits = row.repeat(draws, 1)
+    for params in ({}, {"temperature": 0.5}, {"top_k": 40}, {"top_p": 0.8}, {"top_k": 100, "top_p": 0.9}, {"min_p": 0.02}):
+        tokens = Rows(logits, params, seed=77).run("sample").clone()
+        ids, weights = candidates(row[0].cpu().numpy(), SamplingParams(**params))
+        expected = np.zeros(vocab)
+        expected[ids] = weights * draws
+        found = np.bincount(tokens.cpu().numpy(), minlength=vocab)
+        often = expected >= 8
+        freedom = int(often.sum())
+        statistic = ((found[often] - expected[often]) ** 2 / expected[often]).sum()
+        assert statistic <= freedom + 5 * np.sqrt(2 * freedom), (params, statistic, freedom)
+        part = Rows(logits[:3], params, seed=77).run("sample")
+        assert (part == tokens[:3]).all(), f"{params}: batch mates change tokens"
+    print("distributions: as the numpy sampler's")
+
+
+def check_resolve() -> None:
+    ids = torch.tensor([5, -1, -3, 0, -2] * 500, dtype=torch.int32, device="cuda")
+    sampled = torch.tensor([11, -1, 13], dtype=torch.int32, device="cuda")
+    [launch] = cuda.launches(VOCAB)["resolve"]
+    start(launch, {"token_ids": ids, "sampled": sampled}, {"T": len(ids)})
+    assert ids.tolist() == [5, 11, 13, 0, 0] * 500
+    print("resolve: right")
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """Median of replays of a CUDA graph of one call, each timed by itself."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    for _ in range(5):
+        graph.replay()
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return 1000 * float(np.median([before.elapsed_time(after) for before, after in events]))
+
+
+def bench() -> None:
+    print(f"microseconds, V={VOCAB}; logits are normal, times 2.5; one reading of 1024 rows at 4.3 TB/s: 122")
+    cases: list[tuple[str, str, dict[str, Any], float]] = [
+        ("greedy", "greedy", {"temperature": 0.0}, 2.5),
+        ("temperature only", "sample", {}, 2.5),
+        ("top_k 50, top_p 0.9", "sample", {"top_k": 50, "top_p": 0.9}, 2.5),
+        ("top_p 0.9, steep rows", "sample", {"top_p": 0.9}, 8.0),
+        ("top_p 0.9, flat rows", "sample", {"top_p": 0.9}, 1.0),
+        ("min_p 0.05", "sample", {"min_p": 0.05}, 2.5),
+    ]
+    print(f"{'':24}" + "".join(f"{f'R={rows}':>10}" for rows in (1, 64, 1024)))
+    for name, kind, params, spread in cases:
+        times = []
+        for rows in (1, 64, 1024):
+            step = Rows(normal(rows, VOCAB, spread), params)
+            times.append(microseconds(lambda step=step, kind=kind: step.run(kind)))
+        print(f"{name:24}" + "".join(f"{time:>10.1f}" for time in times), flush=True)
+    for name, call in (
+        ("torch argmax", lambda logits: logits.argmax(dim=1)),
+        ("torch softmax, draw", lambda logits: (logits.softmax(dim=1) / torch.empty_like(logits).exponential_()).argmax(dim=1)),
+    ):
+        times = []
+        for rows in (1, 64, 1024):
+            logits = normal(rows, VOCAB, 2.5)
+            times.append(microseconds(lambda call=call, logits=logits: call(logits)))
+        print(f"{name:24}" + "".join(f"{time:>10.1f}" for time in times), flush=True)
+
+
+def main() -> None:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only check")
+    quick = parser.parse_args().quick
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    check_greedy()
+    check_candidates()
+    check_distribution()
+    check_resolve()
+    if not quick:
+        bench()
+
+
+if __name__ == "__main__":
+    main()
