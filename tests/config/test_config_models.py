@@ -106,4 +106,5 @@ def test_compiler_and_dtype_are_chosen(overrides: list[str], profile: str, dtype
     spec = compose(overrides)
     assert (spec.profile, spec.dtype) == (profile, dtype)
     assert isinstance(spec, BuildSpec) and spec.overrides == tuple(overrides)
-    assert spec.limits.max_context == spec.model.max_positions and spec.limits.max_rows == (1024 if spec.compiler == "cuda" else 16)
+    assert spec.limits.max_context == spec.model.max_positions
+    assert spec.limits.max_rows == (1024 if spec.compiler == "cuda" else 16)

@@ -2,10 +2,10 @@
 
 FOLDER is what ``build_engines.py`` made. For every engine, with pools and activations that start as NaN:
 
-    logits    sequences of random lengths, fed in random pieces (prefill, chunks, decode, mixed in one step), teacher-forced. Their
-              error against float32 transformers is compared with that of transformers in the engine's own dtype
-    greedy    generation through the engine loop, sampled on the GPU; each token is the float32 model's own, or within the measured
-              error of it
+    logits    sequences of random lengths, fed in random pieces (prefill, chunks, decode, mixed in one step), teacher-forced.
+              Their error against float32 transformers is compared with that of transformers in bfloat16
+    greedy    generation through the engine loop, sampled on the GPU; each token is the float32 model's own, or within the
+              measured error of it
 
 Needs torch and transformers beside what serving needs. Exit status 1 if something is wrong.
 """
