@@ -12,6 +12,7 @@ members, parameters and results of the classes that Engine Zoo uses. Nothing of 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -34,6 +35,7 @@ CLASSES = (
     "EngineValidity",
     "ExecutionContextAllocationStrategy",
     "ComputeCapability",
+    "DataType",
     "IAttention",
     "IAttentionInputLayer",
     "IBuilderConfig",
@@ -53,19 +55,36 @@ CLASSES = (
     "NetworkDefinitionCreationFlag",
     "OnnxParser",
     "ParserError",
+    "PreviewFeature",
     "Runtime",
 )
+PLUGIN_CLASSES = (
+    "AutoTuneCombination",
+    "KernelLaunchParams",
+    "SymInt32",
+    "SymIntExprs",
+    "Tensor",
+    "TensorDesc",
+)  # tensorrt.plugin
 
 Api = dict[str, Any]
 
 
 def describe(module: Any) -> Api:
     """Names of a TensorRT module, and of each class in ``CLASSES`` that it has: member -> signatures, or "value"."""
-    classes = {name: getattr(module, name) for name in CLASSES if hasattr(module, name)}
+    return {"version": module.__version__} | _described(module, CLASSES)
+
+
+def describe_plugin(module: Any) -> Api:
+    """The same for ``tensorrt.plugin``, a module in Python, and signatures of its functions, by name."""
+    functions = {name: one for name, one in vars(module).items() if inspect.isfunction(one) and not name.startswith("_")}
+    return _described(module, PLUGIN_CLASSES) | {"functions": {name: [_signature(one)] for name, one in functions.items()}}
+
+
+def _described(module: Any, classes: tuple[str, ...]) -> Api:
     return {
-        "version": module.__version__,
         "names": sorted(name for name in dir(module) if not name.startswith("_") and not _is_module(getattr(module, name))),
-        "classes": {name: _members(one) for name, one in classes.items()},
+        "classes": {name: _members(getattr(module, name)) for name in classes if hasattr(module, name)},
     }
 
 
@@ -77,10 +96,24 @@ def _members(one: Any) -> dict[str, Any]:
     public = [name for name in dir(one) if not name.startswith("_")]
     members: dict[str, Any] = {}
     for name in [*public, "__init__"]:
-        text = getattr(getattr(one, name), "__doc__", "") or ""
-        found = signatures(name, text) if callable(getattr(one, name)) else []
+        member = getattr(one, name)
+        if inspect.isfunction(member) or inspect.ismethod(member):
+            members[name] = [_signature(member)]
+            continue
+        text = getattr(member, "__doc__", "") or ""
+        found = signatures(name, text) if callable(member) else []
         members[name] = found or "value"
     return members
+
+
+def _signature(function: Any) -> dict[str, Any]:
+    """Parameters and result of a function in Python, in the form of ``signatures``."""
+    signature = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    parameters = [one.name + ("*" if one.default is not empty else "") for one in signature.parameters.values()]
+    result = signature.return_annotation
+    named = "" if result is inspect.Signature.empty else getattr(result, "__name__", str(result)).strip("'").split("[")[0]
+    return {"parameters": [one for one in parameters if one != "self"], "result": named.split(".")[-1]}
 
 
 def signatures(name: str, text: str) -> list[dict[str, Any]]:
@@ -156,13 +189,16 @@ def describe_bindings() -> Api:
             "import sys, os, json; sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)\n"
             f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(folder)!r}]\n"
             "import tensorrt_api, tensorrt_bindings\n"
-            "print(json.dumps(tensorrt_api.describe(tensorrt_bindings)))"
+            "sys.modules['tensorrt'] = tensorrt_bindings  # the package of that name only hands these bindings on\n"
+            "import tensorrt.plugin\n"
+            "api = tensorrt_api.describe(tensorrt_bindings) | {'plugin': tensorrt_api.describe_plugin(tensorrt.plugin)}\n"
+            "print(json.dumps(api))"
         )
         environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise RuntimeError(f"the bindings do not import: {done.stderr.strip()[-800:]}")
-        api: Api = json.loads(done.stdout)
+        api: Api = json.loads(done.stdout.splitlines()[-1])  # TensorRT's logger may have said something before
         return api
 
 

@@ -33,16 +33,20 @@ ALLOWED: dict[str, set[str]] = {
     "planning": FOUNDATION | {"graph", "graph_templates", "passes", "compilers", "build"},
     "build": FOUNDATION | {"graph", "graph_templates", "checkpoints", "passes", "plugins", "compilers", "calibration", "config"},
     "runtime": {"errors", "spec", "weights", "artifacts", "resources"},
+    "benchmark": {"errors", "spec", "runtime", "artifacts"},
+    "tuning": {"errors", "weights", "artifacts", "runtime", "plugins", "compilers"},
     "llm": FOUNDATION | {"runtime", "build"},
     "serving": FOUNDATION | {"runtime", "llm"},
-    "commands": FOUNDATION | WING | {"runtime", "planning", "llm", "serving", "compilers", "graph_templates"},
+    "commands": FOUNDATION
+    | WING
+    | {"runtime", "benchmark", "tuning", "planning", "llm", "serving", "compilers", "graph_templates"},
     "cli": {"errors", "commands"},
     "": {"llm", "runtime"},  # zoo/__init__.py
 }
 # Imports that only happen inside a function, so that one wing starts without the other.
-LAZY_ONLY = {("llm", "build")} | {
+LAZY_ONLY = {("llm", "build"), ("tuning", "compilers")} | {
     ("commands", room)
-    for room in ("build", "config", "planning", "llm", "serving", "compilers", "graph_templates", "checkpoints")
+    for room in ("build", "config", "planning", "llm", "serving", "tuning", "compilers", "graph_templates", "checkpoints")
 }
 # Third-party packages that only these rooms may import.
 OWNED = {
@@ -169,5 +173,6 @@ def test_public_surface() -> None:
             "generate",
             "serve",
             "bench",
+            "tune",
         ]
     )

@@ -34,7 +34,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "pull": ("store", "pull", "copy an engine from an OCI registry"),
     "generate": ("generate", "generate", "continue a prompt"),
     "serve": ("serve", "serve", "serve an engine over HTTP with the OpenAI API"),
-    "bench": ("bench", "bench", "measure throughput and latency of an engine"),
+    "bench": ("bench", "bench", "measure throughput, latency, energy and cost of an engine"),
+    "tune": ("tune", "tune", "time variants of an engine's kernels on this GPU, for a hardware profile"),
     "doctor": ("doctor", "doctor", "say what this machine can build and run"),
 }
 
@@ -68,7 +69,7 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
         add("folder", metavar="DIR", help="a folder with config.json and safetensors files")
         add("--name", help="the model's name (default: the folder's)")
         add("--force", action="store_true", help="replace a model of that name")
-    if name in ("show", "generate", "serve", "bench", "push"):
+    if name in ("show", "generate", "serve", "bench", "tune", "push"):
         add("ref", metavar="REF", help="model[:version][@profile]")
     if name == "verify":
         add("ref", metavar="REF", nargs="?", help="model[:version][@profile]; everything when left out")
@@ -98,10 +99,17 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name == "serve":
         add("--host", default="127.0.0.1")
         add("--port", type=_port, default=8000, metavar="N", help="0 takes a free one")
+    if name == "tune":
+        add("--seconds", type=float, default=300.0, metavar="N", help="after which no further variant is tried (default: 300)")
+        add("--write", metavar="FILE.yaml", help="put the choices into the tuning section of this hardware profile")
     if name == "bench":
-        add("--requests", type=int, default=32, metavar="N")
-        add("--input-tokens", type=int, default=128, metavar="N")
-        add("--output-tokens", type=int, default=64, metavar="N")
+        add("--requests", type=int, metavar="N", help="how many (default: 32)")
+        add("--input-tokens", type=int, metavar="N", help="of each request (default: 128)")
+        add("--output-tokens", type=int, metavar="N", help="of each request (default: 64)")
+        add("--cases", metavar="LIST", help="several of these at once, input/output/requests: 128/128/64,1000/1000/32")
+        add("--rate", type=float, metavar="R", help="requests a second, as a Poisson process (default: all at once)")
+        add("--seed", type=int, default=0, metavar="N", help="of prompts and arrivals")
+        add("--plot", metavar="FILE.svg", help="draw throughput, its limit, and latencies")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,5 +1,5 @@
-"""Measure an engine: ``python -m pipelines.bench [REF] [OPTIONS]``. The same as ``zoo bench``, with the demo model when nothing is
-said, and JSON for the next step of a pipeline."""
+"""Measure an engine: ``python -m pipelines.bench [REF [OPTIONS]]``. The same as ``zoo bench``, with the demo model when nothing
+is said, and JSON for the next step of a pipeline."""
 
 from __future__ import annotations
 

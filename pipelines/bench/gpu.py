@@ -73,7 +73,7 @@ def write_random(folder: Path, table: list[dict[str, Any]]) -> int:
 def run_case(llm: Any, isl: int, osl: int, requests: int) -> dict[str, Any]:
     from zoo.commands.bench import measure
 
-    return measure(llm, Namespace(requests=requests, input_tokens=isl, output_tokens=osl))
+    return measure(llm, Namespace(requests=requests, input_tokens=isl, output_tokens=osl), llm._opened.manifest)
 
 
 def profile(llm: Any, sequences: int, context: int, steps: int = 20) -> list[tuple[str, float]]:

@@ -2,8 +2,8 @@
 
 No machine here has datacenter TensorRT, so this is the one check that its code gets. The code is read, not run: a TensorRT
 object stands in a variable whose name says its class (``VARIABLES``), and what is read from such a variable or from ``trt`` is
-looked up in the record of the 11.4 bindings and in the TensorRT-RTX that is installed. The record itself is compared with the
-real bindings, downloaded with pip; ZOO_OFFLINE=1 switches that off.
+looked up in the record of the 11.4 bindings and in the TensorRT-RTX that is installed. ``trtp`` is ``tensorrt.plugin``, which
+TensorRT-RTX has not. The record itself is compared with the real bindings, downloaded with pip; ZOO_OFFLINE=1 switches that off.
 
 Names that TensorRT-RTX alone has stand in zoo/compilers/tensorrt_rtx.py and in functions named ``rtx_...``.
 """
@@ -27,7 +27,8 @@ from zoo.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
-SHARED = ("zoo/compilers/tensorrt_common.py", "zoo/compilers/tensorrt.py", "zoo/runtime/sessions/tensorrt.py")
+PLUGINS = "zoo/plugins/tensorrt.py"
+SHARED = ("zoo/compilers/tensorrt_common.py", "zoo/compilers/tensorrt.py", "zoo/runtime/sessions/tensorrt.py", PLUGINS)
 RTX_ONLY = ("zoo/compilers/tensorrt_rtx.py",)
 VARIABLES = {
     "builder": "Builder",
@@ -45,6 +46,7 @@ VARIABLES = {
     "runtime_config": "IRuntimeConfig",
     "runtime_cache": "IRuntimeCache",
 }
+PLUGIN_VARIABLES = {"desc": "TensorDesc", "tensor": "Tensor"}  # classes of tensorrt.plugin
 PROFILE = {"profile": "IOptimizationProfile"}  # a number in the session
 ALIASES = {"IParserError": "ParserError"}
 # Classes of the library that the code makes or gets, where no variable of that class may go by another name.
@@ -76,8 +78,8 @@ class Use:
         return f"{self.where}: {'.'.join(self.path)}"
 
 
-def uses(source: str, where: str, variables: dict[str, str], rtx_only: bool = False) -> Iterator[Use]:
-    """All uses of the library in a source file. AssertionError for an object of it in a variable that hides its class."""
+def uses(source: str, where: str, variables: dict[str, str], rtx_only: bool = False, module: str = "trt") -> Iterator[Use]:
+    """All uses of a module of the library in a source file. AssertionError for an object in a variable that hides its class."""
 
     called: set[ast.AST] = set()
 
@@ -109,7 +111,7 @@ def uses(source: str, where: str, variables: dict[str, str], rtx_only: bool = Fa
             value = value.value
         if not isinstance(value, ast.Name):
             return ()
-        if value.id == "trt":
+        if value.id == module:
             return tuple(names)
         return (variables[value.id], *names) if value.id in variables else ()
 
@@ -151,6 +153,9 @@ def problem(use: Use, api: dict[str, Any]) -> str:
     if first not in api["names"]:
         return f"{use}: there is no {first}"
     if first.islower() and not rest:  # a function of the module
+        known = api.get("functions", {}).get(first, [])
+        if use.called and known and not any(_accepts(one["parameters"], *use.called) for one in known):
+            return f"{use}: called with {use.called[0]} arguments, it takes {[one['parameters'] for one in known]}"
         return ""
     if first not in api["classes"]:
         return f"{use}: {first} is not in the record; add it to CLASSES of pipelines/tensorrt_api.py"
@@ -188,6 +193,10 @@ def all_uses() -> list[Use]:
     return found
 
 
+def plugin_uses() -> list[Use]:
+    return list(uses((ROOT / PLUGINS).read_text(), PLUGINS, PLUGIN_VARIABLES, module="trtp"))
+
+
 def test_the_reader_sees_the_code() -> None:
     """It finds what is known to be there, in every file, so that an empty answer is no pass."""
     seen = {(use.where.split(":")[0], ".".join(use.path)) for use in all_uses()}
@@ -201,14 +210,25 @@ def test_the_reader_sees_the_code() -> None:
         (SHARED[2], "IRuntimeCache.serialize"),
         (SHARED[0], "IPluginRegistry.get_creator"),
         (RTX_ONLY[0], "IBuilderConfig.set_compute_capability"),
+        (SHARED[1], "PreviewFeature.ALIASED_PLUGIN_IO_10_03"),
+        (PLUGINS, "DataType.FP8"),
+        (PLUGINS, "IPluginRegistry.get_creator"),
     ):
         assert one in seen
     assert len(seen) > 40
+    plugins = {".".join(use.path) for use in plugin_uses()}
+    for one in ("register", "autotune", "aot_impl", "impl", "TensorDesc.aliased", "Tensor.data_ptr", "SymIntExprs.from_tuple"):
+        assert one in plugins
 
 
 def test_names_exist_in_tensorrt_11_4() -> None:
     assert RECORD["version"] == API.VERSION
     problems = [text for use in all_uses() if not use.rtx_only and (text := problem(use, RECORD))]
+    assert not problems, "\n".join(problems)
+
+
+def test_names_exist_in_tensorrt_plugin() -> None:
+    problems = [text for use in plugin_uses() if (text := problem(use, RECORD["plugin"]))]
     assert not problems, "\n".join(problems)
 
 
@@ -244,6 +264,23 @@ def test_rtx_only_names_are_marked() -> None:
 )
 def test_wrong_names_are_found(line: str, said: str) -> None:
     problems = [problem(use, RECORD) for use in uses(line, "here", VARIABLES)]
+    assert any(said in text for text in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trtp.implement(plugin_id)", "there is no implement"),
+        ("trtp.impl(plugin_id, function)", "called with 2 arguments"),
+        ("trtp.KernelLaunchParams(grid=1)", "called with 0 arguments ['grid']"),
+        ("trtp.SymIntExprs.of([])", "SymIntExprs has no of"),
+        ("trtp.from_shape_expr(shape)", "called with 1 arguments"),
+        ("x = desc.aliased", "is a method and is not called"),
+        ("x = tensor.address", "Tensor has no address"),
+    ],
+)
+def test_wrong_names_of_plugins_are_found(line: str, said: str) -> None:
+    problems = [problem(use, RECORD["plugin"]) for use in uses(line, "here", PLUGIN_VARIABLES, module="trtp")]
     assert any(said in text for text in problems), problems
 
 

@@ -1,7 +1,8 @@
 """Carries out the launches of a node in Triton's interpreter, over torch tensors on a CPU, rounding as a GPU rounds.
 
-The interpreter of Triton 3.6 truncates float32 to bfloat16, rounds to float8 without carry or saturation, and rounds the
-product of an fma. None of that is the kernel's doing, so ``launch`` puts the arithmetic of SM 9.0 in their place.
+The interpreter of Triton 3.6 truncates float32 to bfloat16, rounds to float8 without carry or saturation, rounds the product of
+an fma, and multiplies matrices of bfloat16 by their bits. None of that is the kernel's doing, so ``launch`` puts the arithmetic
+of SM 9.0 in their place.
 """
 
 from __future__ import annotations
@@ -51,11 +52,18 @@ def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
+def _dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+    """Values are multiplied and added exactly, and rounded once before ``total`` is added."""
+    x, y = (np.ascontiguousarray(part.data).view(FLOATS[part.dtype.scalar]).astype(np.float64) for part in (a, b))
+    return interpreter.TensorHandle((x @ y).astype(np.float32) + total.data, total.dtype.scalar)
+
+
 @contextlib.contextmanager
 def gpu_arithmetic() -> Iterator[None]:
     with (
         mock.patch.object(interpreter, "_convert_float", _convert),
         mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
         np.errstate(all="ignore"),
     ):
         yield
@@ -78,6 +86,12 @@ def launch(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor], size
 
 def ref(name: str, dtype: str, *shape: int | str) -> TensorRef:
     return TensorRef(name, dtype, shape)
+
+
+def column_scales(width: int, seed: int = 0) -> torch.Tensor:
+    """Scales of a float8 weight's rows [width]: small, and some far from the others."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 ** torch.randint(-14, -4, (width,), generator=generator) * (1 + torch.rand(width, generator=generator))
 
 
 def node(op: str, inputs: Sequence[TensorRef | None], outputs: Sequence[TensorRef], **attrs: Any) -> CudaNode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from families import ort_value
-from interpreted import ROUNDING, TORCH, assert_rounds_to8, exact, from_bits8, launch, node, poisoned, ref
+from interpreted import ROUNDING, TORCH, assert_rounds_to8, column_scales, exact, from_bits8, launch, node, poisoned, ref
 from onnx import helper
 
 from zoo.graph import IR_VERSION, ONNX_TYPES, OPSET
@@ -91,8 +92,23 @@ def test_kernels_in_the_interpreter(op: str, kind: str, dtype: str) -> None:
         compare(op, exact(out)[:, :rows], product(exact(gate_up), kind), dtype)
 
 
+@pytest.mark.parametrize("op", PLUGINS)
+def test_columns_are_scaled_first(op: str) -> None:
+    """What a float8 GEMM left to do: the same product of the same numbers."""
+    for rows, width in ((7, 40), (2, 2500)):
+        scales = column_scales(2 * width)
+        gate_up = (values(rows, width, "float32") / scales).to(torch.bfloat16)
+        refs = [ref("gate_up", "bfloat16", 1, "T", 2 * width), ref("y_scale", "float32")]
+        y = ref("y", "float8e4m3" if "Fp8" in op else "bfloat16", 1, "T", width)
+        out = poisoned(y, {"T": rows})
+        one = node(op, refs[: len(PLUGINS[op].inputs)], [y], kind=0)
+        one = dataclasses.replace(one, scales={0: ref("scales", "float32", 2 * width)})
+        launch(lower(one), {"gate_up": gate_up, "y_scale": torch.tensor(SCALE), "scales": scales, "y": out}, {"T": rows})
+        compare(op, exact(out), product(exact(gate_up) * exact(scales), "silu"), "bfloat16")
+
+
 def test_the_grid_covers_the_output() -> None:
     gate_up, y = ref("gate_up", "bfloat16", 1, "T", 2 * 14336), ref("y", "bfloat16", 1, "T", 14336)
     (one,) = lower(node("ZooGatedActivation", [gate_up], [y], kind=0))
     assert [size.at({"T": 5}) for size in one.grid] == [5, 7, 1]
-    assert one.args == ("gate_up", "y", y.rows)
+    assert one.args == ("gate_up", "gate_up", "y", y.rows)  # no scales: something stands in their place

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from families import ort_value
-from interpreted import ROUNDING, TORCH, assert_rounds_to8, exact, from_bits8, launch, node, poisoned, ref
+from interpreted import ROUNDING, TORCH, assert_rounds_to8, column_scales, exact, from_bits8, launch, node, poisoned, ref
 from onnx import helper
 
 from zoo.errors import CompileError
@@ -106,6 +108,29 @@ def test_kernels_in_the_interpreter(op: str, rows: int, width: int, dtype: str) 
         assert_rounds_to8(exact(made["y"]), normed, SCALE)
     else:  # one rounding to the dtype, and float32 noise
         np.testing.assert_allclose(exact(made["y"]), normed, rtol=1.01 * ROUNDING[dtype] + 2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(("rows", "width"), [(3, 64), (9, 100), (2, 1030)])
+@pytest.mark.parametrize("op", ["ZooAddRmsNorm", "ZooAddRmsNormFp8"])
+def test_columns_are_scaled_first(op: str, rows: int, width: int, place: int) -> None:
+    """What a float8 GEMM left to do, of either side of the sum, which is rounded once."""
+    given = arrays(op, rows, width, "bfloat16", 2)
+    scales, name = column_scales(width), ("x", "residual")[place]
+    given[name] = (given[name].float() / scales).to(torch.bfloat16)
+    inputs, _ = names(op)
+    shapes = {"weight": (width,), "y_scale": ()}
+    refs = [ref(n, "float32" if n == "y_scale" else "bfloat16", *shapes.get(n, (1, "T", width))) for n in inputs]
+    made = [ref("sum", "bfloat16", 1, "T", width), ref("y", "float8e4m3" if "Fp8" in op else "bfloat16", 1, "T", width)]
+    out = {one.name: poisoned(one, {"T": rows}) for one in made}
+    one = dataclasses.replace(node(op, refs, made, epsilon=EPSILON), scales={place: ref("scales", "float32", width)})
+    launch(lower(one), given | out | {"scales": scales}, {"T": rows})
+    total, normed = wanted(given | {name: given[name].float() * scales}, "bfloat16")
+    np.testing.assert_array_equal(exact(out["sum"]), total)
+    if "Fp8" in op:
+        assert_rounds_to8(exact(out["y"]), normed, SCALE)
+    else:
+        np.testing.assert_allclose(exact(out["y"]), normed, rtol=1.01 * 2**-8 + 2e-6, atol=1e-7)
 
 
 def test_a_row_of_zeros_and_large_values() -> None:

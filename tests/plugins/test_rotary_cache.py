@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from interpreted import ROUNDING, assert_rounds_to8, exact, round8
+from interpreted import ROUNDING, assert_rounds_to8, column_scales, exact, ref, round8
 from one_op import FLOAT8, body_session, cuda_node, limits_of, live, ragged, random_pool, run_body, run_kernels, tensor, to8
 
 from zoo.plugins.kernels import Launch
@@ -168,9 +168,15 @@ def test_kernels(op: str, shape: Shape, dtype: str) -> None:
 
 
 def run(
-    op: str, shape: Shape, batch: Batch, given: dict[str, np.ndarray], dtype: str, **tuning: int
+    op: str,
+    shape: Shape,
+    batch: Batch,
+    given: dict[str, np.ndarray],
+    dtype: str,
+    scales: torch.Tensor | None = None,
+    **tuning: int,
 ) -> tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]:
-    """Tensors after the launches; the pool before and after, as numbers."""
+    """Tensors after the launches; the pool before and after, as numbers. ``scales``: of the columns of qkv."""
     tensors = {
         name: tensor(array, dtype if array.dtype == np.float32 and name != "kv_scale" else str(array.dtype))
         for name, array in given.items()
@@ -183,9 +189,34 @@ def run(
     shapes: dict[str, Any] = {name: tuple(value.shape) for name, value in tensors.items()}
     shapes |= {"qkv": (1, "T", given["qkv"].shape[-1]), "positions": ("T",), "token_slots": ("T",)}
     node = cuda_node(PLUGINS[op], dtype, shapes, tuning, **shape.attributes(op))
+    if scales is not None:
+        tensors["scales"] = scales
+        node = dataclasses.replace(node, scales={0: ref("scales", "float32", len(scales))})
     (one,) = run_kernels(LOWERS[op], node, tensors, {"T": tokens})
     assert isinstance(one, Launch)
     return tensors, before, exact(tensors["kv"])
+
+
+@pytest.mark.parametrize("op", PLUGINS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_columns_are_scaled_first(op: str, shape: Shape) -> None:
+    """What a float8 GEMM left to do: the same of the same numbers."""
+    batch = batch_for(shape)
+    given = arrays_of(shape, batch)
+    scales = column_scales(given["qkv"].shape[-1])
+    raw = exact(tensor((given["qkv"] / scales.numpy()).astype(np.float32), "bfloat16")).astype(np.float32)
+    got, _, after = run(op, shape, batch, given | {"qkv": raw}, "bfloat16", scales)
+    rounded = {name: exact(tensor(array, "bfloat16")) if array.dtype == np.float32 else array for name, array in given.items()}
+    q, k, v = wanted(op, shape, rounded | {"qkv": raw.astype(np.float64) * exact(scales)})
+    real = len(q) - 2
+    close(exact(got["q"]).reshape(q.shape), q, 2e-6 + ROUNDING["bfloat16"])
+    keys, values = stored(after, given, real)
+    if "Fp8" in op:
+        assert_rounds_to8(keys, k[:real], SCALES[0], 1e-5, 1e-6)
+        assert_rounds_to8(values, v[:real], SCALES[1], 1e-5, 1e-6)
+    else:
+        close(keys, k[:real], 2e-6 + ROUNDING["bfloat16"])
+        close(values, v[:real], 2e-6 + ROUNDING["bfloat16"])
 
 
 @pytest.mark.parametrize("elements", [16, 64, 1 << 14])

@@ -9,26 +9,31 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
-from interpreted import FLOATS, TORCH, exact, gpu_arithmetic, ref
+from interpreted import TORCH, exact, gpu_arithmetic, ref
 
+from zoo.errors import CompileError
 from zoo.plugins.kernels import Launch, Scratch, Size
 from zoo.plugins.skinny_gemm import kernels
-from zoo.plugins.skinny_gemm.cuda import MOST_ROWS, PROGRAMS, Tiling, counters_for, launches, tiling
+from zoo.plugins.skinny_gemm.cuda import (
+    BUCKETS,
+    COUNTERS,
+    MOST_ROWS,
+    MULTIPROCESSORS,
+    RESIDENT,
+    SHARED,
+    Tiling,
+    alternatives,
+    counters_for,
+    launches,
+    tiling,
+)
 
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 3e-7}
-
-
-def _dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
-    """The interpreter multiplies the bits of bfloat16 as integers; here values, exactly, added in float32."""
-    x, y = (np.ascontiguousarray(part.data).view(FLOATS[part.dtype.scalar]).astype(np.float64) for part in (a, b))
-    return interpreter.TensorHandle((x @ y).astype(np.float32) + total.data, total.dtype.scalar)
 
 
 def run(made: list[Launch], tensors: dict[str, torch.Tensor], rows: int) -> None:
@@ -46,7 +51,7 @@ def run(made: list[Launch], tensors: dict[str, torch.Tensor], rows: int) -> None
             else:
                 assert isinstance(arg, str | Size)
                 args.append(tensors[arg] if isinstance(arg, str) else arg.at({"T": rows}))
-        with gpu_arithmetic(), mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot):
+        with gpu_arithmetic():
             function[tuple(side.at({"T": rows}) for side in one.grid)](*args, **dict(one.kernel.constants))
 
 
@@ -62,16 +67,19 @@ def made_up(m: int, n: int, k: int, dtype: str, out: str, seed: int) -> dict[str
     }
 
 
-def wanted(tensors: dict[str, torch.Tensor], scaled: bool) -> np.ndarray:
+def wanted(tensors: dict[str, torch.Tensor], scaled: bool, deferred: bool = False) -> np.ndarray:
     y = exact(tensors["x"]) @ exact(tensors["w"]).T
-    return y * exact(tensors["xs"]) * exact(tensors["ws"]) if scaled else y
+    y = y * exact(tensors["xs"]) if scaled else y
+    return y * exact(tensors["ws"]) if scaled and not deferred else y
 
 
-def check(m: int, n: int, k: int, dtype: str, out: str, tiles: Tiling, counted: bool, seed: int = 0) -> torch.Tensor:
+def check(
+    m: int, n: int, k: int, dtype: str, out: str, tiles: Tiling, counted: bool, seed: int = 0, deferred: bool = False
+) -> torch.Tensor:
     tensors = made_up(m, n, k, dtype, out, seed)
     scaled = dtype == "float8e4m3"
     tensors["zeros"] = torch.zeros(counters_for(n, tiles, m), dtype=torch.int32)
-    scales = (ref("ws", "float32", n), ref("xs", "float32")) if scaled else ()
+    scales = (None if deferred else ref("ws", "float32", n), ref("xs", "float32")) if scaled else ()
     made = launches(
         ref("x", dtype, 1, "T", k),
         ref("w", dtype, n, k),
@@ -80,9 +88,10 @@ def check(m: int, n: int, k: int, dtype: str, out: str, tiles: Tiling, counted: 
         *scales,
         counters="zeros" if counted else None,
         most_rows=m,
+        prefetched=1 << 12,
     )
     run(made, tensors, m)
-    expected = wanted(tensors, scaled)
+    expected = wanted(tensors, scaled, deferred)
     largest = np.abs(expected).max()
     np.testing.assert_allclose(exact(tensors["y"]), expected, rtol=ROUNDING[out], atol=3e-6 * largest)
     assert not tensors["zeros"].any()  # as it was found
@@ -110,6 +119,12 @@ def test_other_dtypes(dtype: str, out: str) -> None:
     check(3, 96, 96, dtype, out, Tiling(16, 64, 32, 3, 4, 3), counted=True)
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_whoever_reads_y_may_scale_its_columns(counted: bool) -> None:
+    check(5, 80, 112, "float8e4m3", "bfloat16", Tiling(16, 64, 32, 3, 4, 3), counted, deferred=True)
+    check(5, 80, 112, "float8e4m3", "bfloat16", Tiling(16, 64, 64, 1, 4, 3), counted, deferred=True)
+
+
 def test_both_ways_to_add_shares_agree_bit_for_bit() -> None:
     tiles = Tiling(16, 64, 32, 4, 4, 3)
     one, two = (check(7, 128, 256, "float8e4m3", "float32", tiles, counted) for counted in (False, True))
@@ -130,10 +145,57 @@ def test_tilings_cover_and_fit(n: int, k: int, dtype: str) -> None:
     item = 1 if dtype == "float8e4m3" else 2
     for m in range(1, MOST_ROWS + 1):
         tiles = tiling(m, n, k, dtype)
-        assert tiles.block_m >= min(m, 64) and (tiles.block_m < 2 * m or tiles.block_m == 16)
-        assert tiles.splits == 1 or -(-n // tiles.block_n) * tiles.splits <= PROGRAMS
-        shared = tiles.num_stages * (tiles.block_n + tiles.block_m) * tiles.block_k * item
-        assert 2 * shared <= 227 << 10  # two programs at once on a multiprocessor
+        assert tiles.block_m >= m and (tiles.block_m < 2 * m or tiles.block_m == 16)
+        assert tiles.splits == 1 or -(-n // tiles.block_n) * tiles.splits <= RESIDENT * MULTIPROCESSORS
+        assert tiles.splits == 1 or k * item % (128 * tiles.splits) == 0
+        assert (1 if m > 64 else 2) * tiles.shared(dtype) <= SHARED  # two programs at once on a multiprocessor
+
+
+def refs(n: int, k: int, dtype: str = "float8e4m3", out: str = "bfloat16") -> tuple[Any, ...]:
+    scales = (ref("xs", "float32"), ref("ws", "float32", n)) if dtype == "float8e4m3" else (None, None)
+    return ref("x", dtype, 1, "T", k), ref("w", dtype, n, k), ref("y", out, 1, "T", n), *scales
+
+
+def test_what_an_engine_has_for_few_rows() -> None:
+    found = alternatives(*refs(4096, 4096), {})
+    assert [few.most for few in found] == list(BUCKETS)
+    for few in found:
+        (one,) = few.launches
+        tiles = tiling(few.most, 4096, 4096, "float8e4m3")
+        assert one.kernel.overlaps and COUNTERS in one.args and few.counters == 64
+        assert [side.at({"T": few.most}) for side in one.grid] == [64, tiles.splits, 1]
+        (parts,) = [arg for arg in one.args if isinstance(arg, Scratch)]
+        assert parts.size.at({}) == tiles.splits * few.most * 4096 * 4
+        share = 4096 // tiles.splits
+        assert dict(one.kernel.constants)["PREFETCH"] == share  # all of w: 16 MiB
+    (first, *_) = alternatives(*refs(28672, 4096), {})
+    assert first.counters == 0 and dict(first.launches[0].kernel.constants)["PREFETCH"] == 768
+    (first, *_) = alternatives(*refs(28672, 4096), {"skinny_prefetch": 0})
+    assert dict(first.launches[0].kernel.constants)["PREFETCH"] == 0
+    assert alternatives(*refs(64, 40, "bfloat16"), {}) and not alternatives(*refs(64, 20, "bfloat16"), {})
+    assert not alternatives(*refs(64, 64, "float32", "float32"), {})
+
+
+def test_tilings_of_a_hardware_profile() -> None:
+    tuning = {"4096x4096": {"8": [16, 64, 256, 2, 4, 4], 24: [32, 128, 128, 1, 8, 3]}, "64x64": {}}
+    found = alternatives(*refs(4096, 4096), {"skinny": tuning})
+    assert [few.most for few in found] == [8, 24]
+    kernels = [few.launches[0].kernel for few in found]
+    assert [(one.num_warps, one.num_stages) for one in kernels] == [(4, 4), (8, 3)]
+    sizes = [[dict(one.constants)[f"BLOCK_{side}"] for side in "MNK"] for one in kernels]
+    assert sizes == [[16, 64, 256], [32, 128, 128]]
+    assert alternatives(*refs(64, 64), {"skinny": tuning}) == []
+    assert len(alternatives(*refs(64, 128), {"skinny": tuning})) == len(BUCKETS)
+    special = {"64x64.bfloat16": {"16": [16, 64, 64, 1, 4, 3]}}
+    assert len(alternatives(*refs(64, 64, "bfloat16"), {"skinny": tuning | special})) == 1
+    for wrong, words in (
+        ([16, 64, 256, 2, 4], r"tuning\.skinny\.4096x4096\.16 is .*, not \[block_m"),
+        ("fast", "not \\[block_m"),
+        ([16, 96, 256, 2, 4, 3], "no tiling for float8e4m3: blocks are powers of two"),
+        ([16, 64, 512, 2, 4, 8], "fit in 232,448 bytes"),
+    ):
+        with pytest.raises(CompileError, match=words):
+            alternatives(*refs(4096, 4096), {"skinny": {"4096x4096": {"16": wrong}}})
 
 
 def test_scratch_is_for_few_rows_whatever_a_step_may_hold() -> None:
@@ -172,9 +234,9 @@ from zoo.plugins.kernels import TensorRef
 from zoo.plugins.skinny_gemm import kernels
 from zoo.plugins.skinny_gemm.cuda import launches, tiling
 dtype, out, *scales = sys.argv[1:]
-scales = [TensorRef("ws", "float32", (6144,)), TensorRef("xs", "float32", ())] if dtype == "float8e4m3" else []
-x, w, y = TensorRef("x", dtype, ("T", 4096)), TensorRef("w", dtype, (6144, 4096)), TensorRef("y", out, ("T", 6144))
-for launch in launches(x, w, y, tiling(16, 6144, 4096, dtype), *scales, counters="zeros"):
+scales = [TensorRef("ws", "float32", (4096,)), TensorRef("xs", "float32", ())] if dtype == "float8e4m3" else []
+x, w, y = TensorRef("x", dtype, ("T", 4096)), TensorRef("w", dtype, (4096, 4096)), TensorRef("y", out, ("T", 4096))
+for launch in launches(x, w, y, tiling(16, 4096, 4096, dtype), *scales, counters="zeros", prefetched=1 << 20):
     kernel = launch.kernel
     function, types, constants = getattr(kernels, kernel.source.partition(":")[2]), dict(kernel.args), dict(kernel.constants)
     source = ASTSource(fn=function, signature={one: types.get(one, "constexpr") for one in function.arg_names},
@@ -199,3 +261,7 @@ def test_the_machine_code_of_sm_90(dtype: str, out: str, product: str) -> None:
     copies = [line for line in done.stdout.splitlines() if "cp.async." in line and "global" in line]
     assert copies and all("cp.async.cg.shared.global" in line and "0x10" in line for line in copies)
     assert "atom.global.gpu.acq_rel.add" in done.stdout  # one launch, not two
+    # the next kernel may come, weights are asked for, and only then it waits, before it reads x or writes
+    order = [done.stdout.index(one) for one in ("griddepcontrol.launch_dependents", "prefetch.global.L2", "griddepcontrol.wait")]
+    assert [*order, done.stdout.index("cp.async.")] == sorted([*order, done.stdout.index("cp.async.")])
+    assert min(done.stdout.index(one) for one in ("st.global", "atom.global")) > order[-1]

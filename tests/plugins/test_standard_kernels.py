@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interpreted import ROUNDING, TORCH, exact, launch, node, poisoned, ref
+from interpreted import ROUNDING, TORCH, column_scales, exact, launch, node, poisoned, ref
 from test_gated_activation import activation
 
 from zoo.errors import CompileError
@@ -71,6 +72,20 @@ def test_sums_and_products(op: str, form: str, rows: int, width: int, dtype: str
     refs = [ref("a", dtype, *shape), ref("b", dtype, *(shape if form == "equal" else (width,)))]
     got = run(op, {"a": a, "b": b}, refs[::-1] if "first" in form else refs, ref("y", dtype, *shape), rows)
     close(got, exact(a) + exact(b) if op == "Add" else exact(a) * exact(b), dtype)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_columns_of_one_side_of_a_sum_are_scaled_first(place: int) -> None:
+    for rows, width in SHAPES:
+        scales, sides = column_scales(width), [random(rows, width, "bfloat16", seed) for seed in range(2)]
+        sides[place] = (sides[place].float() / scales).to(torch.bfloat16)
+        y = ref("y", "bfloat16", 1, "T", width)
+        out, refs = poisoned(y, {"T": rows}), [ref(name, "bfloat16", 1, "T", width) for name in "ab"]
+        one = dataclasses.replace(node("Add", refs, [y]), scales={place: ref("scales", "float32", width)})
+        launch(STANDARD["Add"](one), dict(zip("ab", sides, strict=True)) | {"scales": scales, "y": out}, {"T": rows})
+        scaled = exact(sides[place]) * exact(scales)
+        # the sum may cancel what the product, rounded to float32, is off by
+        close(exact(out), scaled + exact(sides[1 - place]), "bfloat16", floor=1e-6)
 
 
 @pytest.mark.parametrize(("source", "target"), [("float32", d) for d in DTYPES[1:]] + [(d, "float32") for d in DTYPES[1:]])

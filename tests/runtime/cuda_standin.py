@@ -53,7 +53,17 @@ class Driver:
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9
     )
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
     CUresult = int
+    CUstream = int
+
+    class CUlaunchAttribute:
+        def __init__(self) -> None:
+            self.id, self.value = 0, SimpleNamespace()
+
+    class CUlaunchConfig:
+        gridDimX = gridDimY = gridDimZ = blockDimX = blockDimY = blockDimZ = sharedMemBytes = hStream = numAttrs = 0
+        attrs: list[Any] = []  # noqa: RUF012
 
     def __init__(self, sms: tuple[int, ...] = (90,), room: int = 1 << 30, kernels: dict[str, Kernel] | None = None) -> None:
         self.sms, self.room, self.kernels = sms, room, kernels or {}
@@ -67,6 +77,7 @@ class Driver:
         self.contexts, self.counted, self.fails = 0, 0x1000, {}
         self.current = threading.local()
         self.calls: list[str] = []
+        self.overlapped = 0  # launches that may have started early
 
     def __getattribute__(self, name: str) -> Any:
         """``fails[name] = code`` lets a call fail."""
@@ -240,6 +251,13 @@ class Driver:
         values = [kind.from_address(cell).value for kind, cell in zip(kernel.types, cells, strict=False)]
         assert [ctypes.c_uint64.from_address(cell).value for cell in cells[-2:]] == [0, 0]
         return self._queue(stream, lambda: kernel.run((x, y, z), *values))
+
+    def cuLaunchKernelEx(self, config: Any, function: int, params: int, extra: int) -> tuple[int]:
+        (attribute,) = config.attrs
+        assert (config.numAttrs, attribute.id, vars(attribute.value)) == (1, 6, {"programmaticStreamSerializationAllowed": 1})
+        self.overlapped += 1
+        sides = (config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX, config.blockDimY, config.blockDimZ)
+        return self.cuLaunchKernel(function, *sides, config.sharedMemBytes, config.hStream, params, extra)
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
         assert mode == 2 and self.handles[stream] == "stream"

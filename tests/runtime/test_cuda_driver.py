@@ -136,6 +136,31 @@ def test_launches_and_graphs(cu: Driver, device: Device) -> None:
         device.launch(function, (0, 1, 1), 4, 0, params, stream)
 
 
+def test_launches_that_overlap(cu: Driver, device: Device) -> None:
+    """With other grids and on other streams in between: what they have in common is made once a stream."""
+    one, two, place = device.stream(), device.stream(), device.allocate(40)
+    device.fill(place, 0, 40, one)
+    function = device.function(device.load(ELF), "add_one")
+    params = Arguments(("*i32", "i32"), (place, 4))
+    for stream, grid in ((one, (1, 2, 3)), (two, (1, 1, 1)), (one, (4, 1, 1))):
+        device.launch(function, grid, 4, 1000, params, stream, overlap=True)
+        device.wait(stream)
+    device.launch(function, (1, 1, 1), 4, 0, params, one)
+    assert cu.overlapped == 3 and len(device._configs) == 2
+    device.overlap = False
+    device.launch(function, (1, 1, 1), 4, 0, params, one, overlap=True)
+    assert cu.overlapped == 3
+    device.wait(one)
+    assert cu.view(place, np.int32, 5).tolist() == [5] * 4 + [0]
+    device.overlap = True
+    graph = device.capture(one, lambda: device.launch(function, (1, 1, 1), 4, 0, params, one, overlap=True))
+    device.replay(graph, one)
+    device.wait(one)
+    assert cu.view(place, np.int32, 5).tolist() == [6] * 4 + [0]
+    with pytest.raises(EngineError, match=r"cannot launch a kernel over \(0, 1, 1\): invalid argument"):
+        device.launch(function, (0, 1, 1), 4, 0, params, one, overlap=True)
+
+
 def test_a_capture_that_fails_leaves_nothing(cu: Driver, device: Device) -> None:
     stream = device.stream()
     before = len(cu.live())
@@ -239,15 +264,32 @@ def test_the_real_bindings_have_every_name() -> None:
             wanted = list(inspect.signature(member).parameters)[1:]
             if name != "cuLaunchKernel":
                 assert len(taken) == len(wanted), f"{name}: {documented}"
-    for enum in ("CUdevice_attribute", "CUstream_flags", "CUevent_flags", "CUfunction_attribute", "CUstreamCaptureMode"):
+    for enum in ("CUdevice_attribute", "CUstream_flags", "CUevent_flags", "CUfunction_attribute", "CUstreamCaptureMode",
+                 "CUlaunchAttributeID"):  # fmt: skip
         for name, value in vars(getattr(Driver, enum)).items():
             assert int(getattr(getattr(real, enum), name)) == value, name
+    for kind in ("CUlaunchConfig", "CUlaunchAttribute"):
+        made = getattr(Driver, kind)()
+        assert all(hasattr(getattr(real, kind), name) for name in (*vars(type(made)), *vars(made)) if not name.startswith("__"))
     codes = {name: int(value) for name, value in real.CUresult.__members__.items()}
     assert codes["CUDA_ERROR_OUT_OF_MEMORY"] == module.OUT_OF_MEMORY
     named = ("INVALID_PTX", "UNSUPPORTED_PTX_VERSION", "NO_BINARY_FOR_GPU")
     assert tuple(codes[f"CUDA_ERROR_{name}"] for name in named) == module.OTHER_GPU
     named = ("NO_DEVICE", "STUB_LIBRARY", "SYSTEM_DRIVER_MISMATCH", "INVALID_DEVICE")
     assert tuple(codes[f"CUDA_ERROR_{name}"] for name in named) == module.NO_GPU
+
+
+def test_the_real_bindings_take_what_overlapping_launches_have_in_common() -> None:
+    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is an extra (cuda) of the package")
+    device = object.__new__(Device)
+    device._driver, device._configs = real, {}
+    config = device._overlapping(4096)
+    (attribute,) = config.attrs
+    assert (config.numAttrs, int(attribute.id), int(config.hStream)) == (1, 6, 4096)
+    assert attribute.value.programmaticStreamSerializationAllowed == 1
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = 7, 128, 1000
+    raw = (ctypes.c_uint32 * 7).from_address(config.getPtr())  # as cuda.h lays them out
+    assert list(raw) == [7, 0, 0, 128, 1, 1, 1000]
 
 
 def test_every_kind_of_scalar_has_its_size() -> None:

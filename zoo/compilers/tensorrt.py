@@ -1,18 +1,23 @@
 """TensorRT for datacenter GPUs: plans built on the GPU that they are for.
 
-A zoo op whose plugin is registered stays a node that names it; any other is replaced by its function of standard ops. No
-plugin is shipped yet, so graph and builder are those of TensorRT-RTX.
+A zoo op whose plugin is used stays a node that names it; any other is replaced by its function of standard ops, so that graph
+and builder are those of TensorRT-RTX. Plugins are ours (``zoo.plugins.tensorrt``). ``IMPLEMENTATIONS`` says which are used; a
+hardware profile's tuning may say otherwise: ``tensorrt_plugins: {ZooPagedAttention: jit, ZooFp8Linear: aot}``.
 
 Not run here: no machine of this project has the library. Its names are checked against NVIDIA's own 11.4 bindings
-(tests/compilers/test_tensorrt_names.py); nothing else about this target is proven.
+(tests/compilers/test_tensorrt_names.py), and plugins are registered with those (tests/plugins/test_tensorrt_plugins.py);
+nothing else about this target is proven.
 
-    engine.plan    the serialized engine; it fits this TensorRT version and the GPU model it was built on
+    engine.plan             the serialized engine; it fits this TensorRT version and the GPU model it was built on
+    plugins/plugins.json    only with plugins: {"implementations": {op: "aot" or "jit"}, "kernels": what launching "jit" ones needs}
+    plugins/*.cubin         kernels of "jit" plugins for the GPU's SM; those of "aot" plugins are in the plan
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "tensorrt-cu13"
 INSTALL = "install it with `pip install 'engine-zoo[trt]'` (its libraries come from NVIDIA's own package index)"
+# How zoo ops are carried out by plugins, where a graph has them: "aot" or "jit". ZooFp8Linear is left out: its body is the
+# quantizers and the product that TensorRT makes an FP8 product of its own from, which a plugin would hide.
+IMPLEMENTATIONS = {"ZooPagedAttention": "aot"}
 
 
 class TensorRtCompiler(Compiler):
@@ -74,14 +82,59 @@ class TensorRtCompiler(Compiler):
         check_gpu(build)
         abi = abi_of(graph, build)
         plan = workdir / PLAN_FILE
-        scratch = build_plan(trt, graph, build, tensors, scales, plan, progress, lambda trt, config: None)
+        implementations = implementations_of(graph, build)
+        files = register_plugins(trt, graph, build, implementations, workdir / "plugins") if implementations else {}
+
+        def configure(trt: Any, config: Any) -> None:
+            if implementations:  # a plugin may update a KV pool in place
+                config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+
+        scratch = build_plan(trt, graph, build, tensors, scales, plan, progress, configure, implementations)
         needs = {
             "kind": "gpu",
             "sm": build.hardware.sm,
             "memory": device_bytes(weight_bytes(graph), pool_bytes(graph, build), scratch),
             "packages": {self.name: self.version()},
         }
-        return CompiledEngine({PLAN_FILE: plan}, abi, {"table": ""}, scratch, needs)
+        return CompiledEngine({PLAN_FILE: plan} | files, abi, {"table": ""}, scratch, needs)
+
+
+def implementations_of(graph: ModelGraph, build: BuildSpec) -> dict[str, str]:
+    """The zoo ops of a graph that plugins are to carry out, with the implementation. CompileError for a choice that is none."""
+    from zoo.plugins.tensorrt import bindings
+
+    chosen = build.hardware.tuning.get("tensorrt_plugins", IMPLEMENTATIONS)
+    for op, how in dict(chosen).items():
+        if op not in bindings() or how not in ("aot", "jit"):
+            raise CompileError(
+                f"hardware {build.hardware.name!r}: tuning tensorrt_plugins {op}: {how}; plugins exist for "
+                f"{', '.join(bindings())}, each as aot or jit"
+            )
+    ops = {node.op for node in graph.graph.nodes}
+    return {op: how for op, how in dict(chosen).items() if op in ops}
+
+
+def register_plugins(
+    trt: Any, graph: ModelGraph, build: BuildSpec, implementations: Mapping[str, str], folder: Path
+) -> dict[str, Path]:
+    """Compile a graph's plugin kernels into ``folder`` and register the plugins; the files that go into the engine for them.
+
+    Needs Triton, and neither a GPU nor torch.
+    """
+    from zoo.compilers.tensorrt_kernels import compile_plugins, kernels_of
+    from zoo.plugins.tensorrt import register
+    from zoo.plugins.tensorrt_kernels import INDEX, read_code
+
+    if not importlib.util.find_spec("triton"):
+        raise UnavailableError("plugins are compiled by Triton, which is not installed: `pip install 'engine-zoo[cuda-build]'`")
+    folder.mkdir()
+    compile_plugins(kernels_of(graph, implementations), build.hardware.sm, folder)
+    register(trt, list(implementations), read_code(folder))
+    jit = kernels_of(graph, {op: how for op, how in implementations.items() if how == "jit"})
+    index = json.loads((folder / INDEX).read_text())
+    kernels = {name: index["kernels"][name] for name in jit}
+    (folder / INDEX).write_text(json.dumps({"implementations": dict(implementations), "kernels": kernels}, sort_keys=True))
+    return {f"plugins/{name}": folder / name for name in (INDEX, *(f"{name}.cubin" for name in jit))}
 
 
 def check_gpu(build: BuildSpec) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from zoo.compilers.base import Progress, pool_bytes, weight_bytes
 from zoo.compilers.tensorrt_fit import check, check_device
 from zoo.compilers.tensorrt_model import parser_model, shapes
@@ -174,6 +176,13 @@ def registered(trt: Any, graph: ModelGraph) -> frozenset[str]:
     return frozenset(op for op, creator in found.items() if creator is not None)
 
 
+def choose(model: onnx.ModelProto, implementations: Mapping[str, str]) -> None:
+    """Say which implementation a quick plugin's node gets, by the attribute that the parser reads for it."""
+    for node in model.graph.node:
+        if node.op_type in implementations:
+            node.attribute.add(name="aot", type=onnx.AttributeProto.INT, i=int(implementations[node.op_type] == "aot"))
+
+
 def _allow_any_attention(trt: Any, network: Any) -> None:
     """Let attention of a shape without a kernel of its own (head size 40, say) become elementary layers."""
     for index in range(network.num_layers):
@@ -211,12 +220,14 @@ def build_plan(
     path: Path,
     progress: Progress | None,
     configure: Callable[[Any, Any], None],
+    implementations: Mapping[str, str] | None = None,
 ) -> int:
     """Build the engine of a rewritten graph into ``path`` and give its peak scratch in bytes (0: unknown).
 
-    ``configure(trt, config)`` sets what only this library knows, such as the GPU to build for. Raises CompileError with the
-    node and the library's own words, ResourceError when the engine cannot fit its hardware or the plan its disk. Nothing is
-    left behind then.
+    ``configure(trt, config)`` sets what only this library knows, such as the GPU to build for. ``implementations`` says which
+    registered plugins to use, and of our own the implementation, "aot" or "jit" (``zoo.plugins.tensorrt``); without it, all that
+    are registered. Raises CompileError with the node and the library's own words, ResourceError when the engine cannot fit its
+    hardware or the plan its disk. Nothing is left behind then.
     """
     from zoo.weights.bind import materialize
 
@@ -227,8 +238,13 @@ def build_plan(
     check_device(build, device, pool_bytes(graph, build), 0)
     check_disk(device + 50_000_000, path.parent, f"the plan of {build.model.name} {build.profile}")
 
-    plugins = registered(trt, graph) if TARGETS[build.compiler].zoo_ops == "plugin" else ()
+    plugins = registered(trt, graph) if TARGETS[build.compiler].zoo_ops == "plugin" else frozenset()
+    if implementations is not None:
+        if missing := sorted(set(implementations) - plugins):
+            raise CompileError(f"{build.compiler} has not taken the plugins for {', '.join(missing)}")
+        plugins &= set(implementations)
     model, weights = parser_model(graph, plugins)
+    choose(model, implementations or {})
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for count, weight in enumerate(weights):
         report("bind weights", count, len(weights))

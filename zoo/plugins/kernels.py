@@ -59,6 +59,7 @@ class Kernel:
     source      "package.module:function"
     args        its run-time parameters in order: (name, Triton type), as "*bf16", "*fp8e4nv", "i32", "fp32"
     constants   its constexpr parameters
+    overlaps    it waits for its inputs by itself (``zoo.plugins.overlap``), so it may start while the kernel before it runs
     """
 
     source: str
@@ -66,10 +67,11 @@ class Kernel:
     constants: tuple[tuple[str, int | float | bool | str], ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    overlaps: bool = False
 
     @property
     def name(self) -> str:
-        """Unique and readable: the function's name and a digest of everything else."""
+        """Unique and readable: the function's name and a digest of all else that machine code is made from."""
         data = [self.source, self.args, self.constants, self.num_warps, self.num_stages]
         return f"{self.source.partition(':')[2]}-{hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]}"
 
@@ -131,6 +133,8 @@ class CudaNode:
     sm      of the target, 90 for SM 9.0
     limits  of the engine: max_tokens, max_sequences, max_rows, max_context, max_blocks, block_size
     tuning  choices from the hardware profile, by key; a kernel's own defaults stand where a key is absent
+    scales  an input's place -> [N] float32, by which the kernel multiplies the input's columns first: a float8 GEMM left that
+            to it. Only where ``zoo.compilers.cuda.plan.SCALED_INPUTS`` says that the op does so
     """
 
     op: str
@@ -141,6 +145,7 @@ class CudaNode:
     sm: int
     limits: Mapping[str, int]
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[int, TensorRef] = field(default_factory=dict)
 
 
 Lower = Callable[[CudaNode], list[Launch]]

@@ -73,6 +73,7 @@ def from_json(data: dict[str, Any]) -> Kernel:
         tuple((name, value) for name, value in data["constants"]),
         data["num_warps"],
         data["num_stages"],
+        data["overlaps"],
     )
 
 
@@ -102,6 +103,8 @@ def compile_one(kernel: Kernel, sm: int) -> tuple[bytes, dict[str, Any]]:
         raise CompileError(f"{kernel.source} wants scratch memory of Triton's own, which no launch here gives")
     if getattr(meta, "num_ctas", 1) != 1:
         raise CompileError(f"{kernel.source} wants thread block clusters, which no launch here gives")
+    if kernel.overlaps != ("griddepcontrol.wait" in made.asm["ptx"]):
+        raise CompileError(f"{kernel.source} {'does not wait' if kernel.overlaps else 'waits'} for its inputs by itself")
     hidden = made.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0].count(".param") - len(kernel.args)
     return made.asm["cubin"], {"entry": meta.name, "warps": meta.num_warps, "shared": meta.shared, "hidden": hidden}
 

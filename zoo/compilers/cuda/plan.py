@@ -4,7 +4,19 @@
     gemms      MatMul, FusedMatMul and ZooFp8Gemm by a weight become GEMM steps; a Cast of logits to float32 is part of its GEMM
     launches   every other node becomes what its ``lower`` says (``zoo.compilers.cuda.lowers``)
 
+A GEMM of few rows has launches of its own in the plan (``zoo.plugins.skinny_gemm``). A float8 GEMM whose output one node reads
+that can scale columns (``SCALED_INPUTS``) leaves w's scales to it, which are the same numbers a little later: cuBLASLt is faster
+without them. float16 would not hold the sums.
+
 The plan is JSON (docs/engine-format.md) and says nothing of addresses: the session has an arena, weights, pools and inputs.
+
+    step        {"op": "launch", "kernel", "grid": [size, size, size], "args": [arg, ...], "overlap": it may start while the
+                step before it runs, for whose end its kernel waits}
+                {"op": "gemm", "rows": size, "n", "k", "dtype", "out", "stored", "x": arg, "w": arg, "y": arg, "w_scale": arg or
+                null, "x_scale": arg or null, "deferred": y is not multiplied by w_scale, "small": [{"most": rows, "launches":
+                [step, ...]}, ...] in the order of rows, "counters": how many zeros those launches share}
+    size        [symbol, times, over]
+    arg         {"arena": offset}, {"tensor": name}, {"size": size} or {"float": number}
 
 T tokens, R rows of logits, N outputs and K inputs of a linear layer.
 """
@@ -23,12 +35,24 @@ from zoo.compilers.cuda.lowers import LOWERS
 from zoo.compilers.cuda.memory import Block, place
 from zoo.errors import CompileError
 from zoo.graph import ModelGraph
+from zoo.plugins.gated_activation import cuda as gated_activation
 from zoo.plugins.kernels import CudaNode, Kernel, Launch, Scratch, Size, TensorRef
+from zoo.plugins.rms_norm import cuda as rms_norm
+from zoo.plugins.rotary_cache import cuda as rotary_cache
+from zoo.plugins.skinny_gemm import cuda as skinny_gemm
+from zoo.plugins.standard import cuda as standard
 from zoo.spec import BuildSpec
 
 SCHEMA = 1
 VIEWS = ("Squeeze", "Unsqueeze", "Reshape", "Identity")
 GEMMS = ("MatMul", "FusedMatMul", "ZooFp8Gemm")
+# op -> its inputs whose columns it can scale first
+SCALED_INPUTS: Mapping[str, tuple[int, ...]] = {
+    **rms_norm.SCALED,
+    **rotary_cache.SCALED,
+    **gated_activation.SCALED,
+    **standard.SCALED,
+}
 SPLITS = 32  # the most parts that a decode step cuts a context into
 
 Json = dict[str, Any]
@@ -36,7 +60,11 @@ Json = dict[str, Any]
 
 @dataclass
 class Gemm:
-    """y [M, N] = x [M, K] · wᵀ, w [N, K] (or w [K, N] with ``stored`` "in_out"); float8 operands have scales."""
+    """y [M, N] = x [M, K] · wᵀ, w [N, K] (or w [K, N] with ``stored`` "in_out"); float8 operands have scales.
+
+    deferred  y is not yet multiplied by w_scale
+    small     launches for few rows, in the order of rows
+    """
 
     x: str
     w: str
@@ -49,10 +77,12 @@ class Gemm:
     stored: str = "out_in"
     w_scale: str = ""
     x_scale: str = ""
+    deferred: bool = False
+    small: list[skinny_gemm.Few] = field(default_factory=list)
 
-    def to_json(self) -> Json:
-        data = {key: value for key, value in vars(self).items() if key != "rows"}
-        return {"op": "gemm", "rows": size_json(self.rows), **data}
+    @property
+    def launches(self) -> list[Launch]:
+        return [one for few in self.small for one in few.launches]
 
 
 @dataclass
@@ -64,6 +94,7 @@ class Plan:
     views: dict[str, str] = field(default_factory=dict)  # another name of a tensor -> the tensor
     places: dict[str, int] = field(default_factory=dict)  # tensor or scratch -> offset in the arena
     arena: int = 0
+    overlap: bool = True  # let launches overlap whose kernels can
 
     def root(self, name: str) -> str:
         """The tensor that a name is a view of, or itself."""
@@ -71,9 +102,10 @@ class Plan:
             name = self.views[name]
         return name
 
-    def add(self, launch: Launch) -> None:
-        self.kernels[launch.kernel.name] = launch.kernel
-        self.steps.append(launch)
+    def add(self, step: Launch | Gemm) -> None:
+        self.steps.append(step)
+        for launch in [step] if isinstance(step, Launch) else step.launches:
+            self.kernels[launch.kernel.name] = launch.kernel
 
 
 def size_json(size: Size) -> list[Any]:
@@ -93,16 +125,19 @@ def largest(build: BuildSpec) -> dict[str, int]:
 
 
 class Planner:
-    """Walks a rewritten graph once. ``tuning`` goes to every kernel's ``lower``."""
+    """Walks a rewritten graph once. ``tuning`` goes to every kernel's ``lower``; of its own it has ``overlap`` and ``deferred``,
+    true where left out.
+    """
 
     def __init__(self, graph: ModelGraph, build: BuildSpec, tuning: Mapping[str, Any]) -> None:
         self.graph, self.build, self.tuning = graph, build, tuning
         limits = build.limits.resolve(build.model)
         self.limits = {key: int(getattr(limits, key)) for key in vars(limits)}
-        self.plan = Plan()
+        self.plan = Plan(overlap=bool(tuning.get("overlap", True)))
         self.outside = {variable.name for variable in (*graph.graph.inputs, *graph.graph.outputs)}
         self.refs: dict[str, TensorRef] = {}
         self.skipped: set[int] = set()
+        self.deferred: dict[str, TensorRef] = {}  # output of a GEMM -> the scales that its reader multiplies it by
 
     def run(self) -> Plan:
         """The whole plan. CompileError for a node that this target has no way to run."""
@@ -118,7 +153,7 @@ class Planner:
             return
         self._alias_pools(node)
         if node.op in GEMMS and node.inputs[1].name in self.graph.weights:
-            self.plan.steps.append(self._gemm(node))
+            self.plan.add(self._gemm(node))
             return
         if node.op not in LOWERS:
             raise CompileError(f"{node.name}: the cuda target has no kernel for {node.op}; it has {', '.join(sorted(LOWERS))}")
@@ -132,6 +167,7 @@ class Planner:
                 sm=self.build.hardware.sm,
                 limits=self.limits,
                 tuning=self.tuning,
+                scales={at: self.deferred[one.name] for at, one in enumerate(node.inputs) if one.name in self.deferred},
             )
         )
         for launch in made:
@@ -177,19 +213,29 @@ class Planner:
         if len(readers) == 1 and readers[0].op == "Cast" and self._dtype(readers[0].outputs[0]) == "float32":
             self.skipped.add(id(readers[0]))
             y = self._ref(readers[0].outputs[0])
-        scales = [self._ref(tensor).name for tensor in node.inputs[2:]]
-        return Gemm(
-            x.name,
-            w.name,
-            y.name,
-            x.rows,
-            n,
-            k,
-            w.dtype,
-            y.dtype,
-            "out_in" if turned else "in_out",
-            *scales[:2],
-        )
+        w_scale, x_scale = [self._ref(tensor) for tensor in node.inputs[2:4]] or (None, None)
+        made = Gemm(x.name, w.name, y.name, x.rows, n, k, w.dtype, y.dtype, "out_in" if turned else "in_out")
+        if w_scale and x_scale:
+            made.w_scale, made.x_scale = w_scale.name, x_scale.name
+            made.deferred = self._defers(node.outputs[0], y)
+            if made.deferred:
+                self.deferred[y.name] = w_scale
+        if turned:
+            left = None if made.deferred else w_scale
+            made.small = skinny_gemm.alternatives(x, w, y, x_scale, left, self.tuning)
+        return made
+
+    def _defers(self, output: gs.Variable, y: TensorRef) -> bool:
+        """Whether the one reader of a float8 GEMM's output scales its columns."""
+        if not self.tuning.get("deferred", True) or y.dtype != "bfloat16" or y.name in self.outside or len(output.outputs) != 1:
+            return False
+        (reader,) = output.outputs
+        places = [at for at, tensor in enumerate(reader.inputs) if tensor is output]
+        return len(places) == 1 and places[0] in SCALED_INPUTS.get(reader.op, ()) and self._whole(reader)
+
+    def _whole(self, reader: gs.Node) -> bool:
+        """Not a row beside rows: where an Add has a bias [N], its kernel takes the bias for the operand that all rows share."""
+        return reader.op != "Add" or bool(reader.inputs[0].shape == reader.inputs[1].shape)
 
     def _place(self) -> None:
         """Lifetimes from the first step that writes a tensor to the last that reads it; scratch lives for its launches."""
@@ -208,7 +254,8 @@ class Planner:
 
     def _touched(self, step: Launch | Gemm, refs: Mapping[str, TensorRef], most: Mapping[str, int]) -> list[tuple[str, int]]:
         if isinstance(step, Gemm):
-            names: list[Any] = [step.x, step.y]
+            scratch = [arg for one in step.launches for arg in one.args if isinstance(arg, Scratch)]
+            names: list[Any] = [step.x, step.y, *scratch]
         else:
             names = [arg for arg in step.args if isinstance(arg, str | Scratch)]
         found = []
@@ -238,12 +285,16 @@ def launch_json(launch: Launch, plan: Plan) -> Json:
         "kernel": launch.kernel.name,
         "grid": [size_json(side) for side in launch.grid],
         "args": [arg_json(arg, plan) for arg in launch.args],
+        "overlap": launch.kernel.overlaps and plan.overlap,
     }
 
 
 def gemm_json(gemm: Gemm, plan: Plan) -> Json:
     return (
-        gemm.to_json()
+        {"op": "gemm", "rows": size_json(gemm.rows), "n": gemm.n, "k": gemm.k}
+        | {name: getattr(gemm, name) for name in ("dtype", "out", "stored", "deferred")}
         | {name: arg_json(getattr(gemm, name), plan) for name in ("x", "w", "y")}
         | {name: arg_json(getattr(gemm, name), plan) if getattr(gemm, name) else None for name in ("w_scale", "x_scale")}
+        | {"small": [{"most": few.most, "launches": [launch_json(one, plan) for one in few.launches]} for few in gemm.small]}
+        | {"counters": max((few.counters for few in gemm.small), default=0)}
     )

@@ -25,7 +25,8 @@ def lower(node: CudaNode) -> list[Launch]:
     """Three launches. A step without tiles has no first one; sequences that one of them is not for cost it one load.
 
     Tuning: ``prefill_block_m``, ``prefill_block_n``, ``prefill_warps``, ``prefill_stages``, ``decode_block_n``,
-    ``decode_warps``, ``decode_stages``, ``decode_least`` (positions of a context's part, at least).
+    ``decode_warps``, ``decode_stages``, ``decode_least`` (positions of a context's part, at least). For all shapes, or for those
+    of one key under ``attention`` (``key_of``), which go before.
     """
     given = [tensor for tensor in node.inputs if tensor is not None]
     assert len(given) == 6 + node.op.endswith("Out8") + ("Fp8" in node.op), f"{node.name}: {len(given)} inputs"
@@ -117,7 +118,13 @@ def _choices(size: int, group: int, fp8: bool, tuning: Mapping[str, Any]) -> dic
         "decode_stages": 3,
         "decode_least": 128,
     }
-    return {key: int(tuning.get(key, value)) for key, value in defaults.items()}
+    own = tuning.get("attention", {}).get(key_of(size, group, fp8), {})
+    return {key: int(own.get(key, tuning.get(key, value))) for key, value in defaults.items()}
+
+
+def key_of(size: int, group: int, fp8: bool) -> str:
+    """What kernels of these shapes are called in ``tuning.attention``: 128x4, or 128x4.float8e4m3 with a pool of that type."""
+    return f"{size}x{group}.float8e4m3" if fp8 else f"{size}x{group}"
 
 
 def _width(block_table: TensorRef, node: CudaNode) -> Size:
@@ -139,7 +146,7 @@ def _launch(
     for name, arg in args:
         types.append((name, arg.pointer if isinstance(arg, TensorRef) else "*fp32" if isinstance(arg, Scratch) else "i32"))
         values.append(arg.name if isinstance(arg, TensorRef) else arg)
-    kernel = Kernel(f"{KERNELS}:{function}", tuple(types), tuple(constants.items()), warps, stages)
+    kernel = Kernel(f"{KERNELS}:{function}", tuple(types), tuple(constants.items()), warps, stages, overlaps=True)
     return Launch(kernel, grid, tuple(values))
 
 

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from zoo.plugins.fp8_gemm.kernels import round8
+from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: rows that have seen nothing yet stay free of NaN
@@ -153,6 +154,8 @@ def prefill(
     G: tl.constexpr = H // K
     ROW: tl.constexpr = K * D
     FP8: tl.constexpr = kv.dtype.element_ty == tl.float8e4nv
+    start_dependents()
+    wait_for_inputs()
     head = tl.program_id(0) // PARTS
     first_row = tl.program_id(0) % PARTS * BLOCK_M
     tile = prefill_tiles + tl.program_id(1) * 4
@@ -234,6 +237,8 @@ def decode(
     G: tl.constexpr = H // K
     ROW: tl.constexpr = K * D
     FP8: tl.constexpr = kv.dtype.element_ty == tl.float8e4nv
+    start_dependents()
+    wait_for_inputs()
     head = tl.program_id(0)
     split = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -307,6 +312,8 @@ def merge(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B): the parts of one context become one; BLOCK_N, LEAST and SLOTS as in ``decode``, BLOCK_S parts at a time."""
+    start_dependents()
+    wait_for_inputs()
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     token = tl.load(query_starts + sequence)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
+
 
 @triton.jit
 def round8(x, scale):
@@ -28,10 +30,13 @@ def quantize_fp8(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = round8(x / x_scale): x [rows, WIDTH], x_scale one float32."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows - first) & (col < WIDTH)
     at = row * WIDTH + col
+    scale = tl.load(x_scale)
+    wait_for_inputs()
     values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
-    tl.store(y + first * WIDTH + at, round8(values, tl.load(x_scale)), mask)
+    tl.store(y + first * WIDTH + at, round8(values, scale), mask)

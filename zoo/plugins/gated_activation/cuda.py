@@ -10,6 +10,7 @@ FUNCTIONS = {
     "ZooGatedActivation": ("gated_activation", ("gate_up",)),
     "ZooGatedActivationFp8": ("gated_activation_fp8", ("gate_up", "y_scale")),
 }
+SCALED = dict.fromkeys(FUNCTIONS, (0,))  # inputs whose columns the kernels can scale first (``CudaNode.scales``)
 
 
 def lower(node: CudaNode) -> list[Launch]:
@@ -17,5 +18,5 @@ def lower(node: CudaNode) -> list[Launch]:
     function, inputs = FUNCTIONS[node.op]
     given = [tensor for tensor in node.inputs if tensor is not None]
     (y,) = node.outputs
-    tensors = [*zip(inputs, given, strict=True), ("y", y)]
-    return [tiles(y).launch(f"{KERNELS}:{function}", tensors, KIND=int(node.attrs["kind"]))]
+    tensors = [*zip(inputs, given, strict=True), ("x_scale", node.scales.get(0, given[0])), ("y", y)]
+    return [tiles(y).launch(f"{KERNELS}:{function}", tensors, KIND=int(node.attrs["kind"]), SCALED=bool(node.scales))]

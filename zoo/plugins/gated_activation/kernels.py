@@ -1,4 +1,7 @@
-"""Activations in float32, and the gate of an MLP: one program makes [ROWS, BLOCK] of the product."""
+"""Activations in float32, and the gate of an MLP: one program makes [ROWS, BLOCK] of the product.
+
+SCALED: gate_up comes from a float8 GEMM that left its columns' scale [2 * WIDTH], float32, to be multiplied in here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import triton
 import triton.language as tl
 
 from zoo.plugins.fp8_gemm.kernels import round8
+from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -37,36 +41,45 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gated_product(gate_up, first, row, col, mask, WIDTH: tl.constexpr, KIND: tl.constexpr):
-    """act(gate) * up in float32, of gate_up [rows, 2 * WIDTH]."""
+def gated_product(gate_up, x_scale, first, row, col, mask, WIDTH: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr):
+    """act(gate) * up in float32, of gate_up [rows, 2 * WIDTH]. Waits for it."""
+    if SCALED:
+        gate_scale = tl.load(x_scale + col, col < WIDTH, other=0.0)
+        up_scale = tl.load(x_scale + WIDTH + col, col < WIDTH, other=0.0)
+    wait_for_inputs()
     at = gate_up + first * (2 * WIDTH) + row * (2 * WIDTH) + col
     gate = tl.load(at, mask, other=0.0).to(tl.float32)
     up = tl.load(at + WIDTH, mask, other=0.0).to(tl.float32)
+    if SCALED:
+        gate *= gate_scale
+        up *= up_scale
     return activate(gate, KIND) * up
 
 
 @triton.jit
 def gated_activation(
-    gate_up, y, rows,
-    KIND: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, x_scale, y, rows,
+    KIND: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate) * up: gate_up [rows, 2 * WIDTH], y [rows, WIDTH]."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows - first) & (col < WIDTH)
-    product = gated_product(gate_up, first, row, col, mask, WIDTH, KIND)
+    product = gated_product(gate_up, x_scale, first, row, col, mask, WIDTH, KIND, SCALED)
     tl.store(y + first * WIDTH + row * WIDTH + col, product.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def gated_activation_fp8(
-    gate_up, y_scale, y, rows,
-    KIND: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, y_scale, x_scale, y, rows,
+    KIND: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = round8(act(gate) * up / y_scale): y float8e4m3."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows - first) & (col < WIDTH)
     scale = tl.load(y_scale)
-    product = gated_product(gate_up, first, row, col, mask, WIDTH, KIND)
+    product = gated_product(gate_up, x_scale, first, row, col, mask, WIDTH, KIND, SCALED)
     tl.store(y + first * WIDTH + row * WIDTH + col, round8(product, scale), mask)

@@ -4,6 +4,9 @@ Everything that a program reads is asked for before the sum of squares, whose ba
 loads: at a few rows a norm is two trips to memory long and not three.
 
 A sum is read, rounded to its dtype and only then normed, so that ``sum`` may share a buffer with ``x`` or ``residual``.
+
+The zoo ops' kernels read weights and scales before they wait for their inputs (``zoo.plugins.overlap``). SCALED: x comes from
+a float8 GEMM that left its columns' scale [WIDTH], float32, to be multiplied in here.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import triton
 import triton.language as tl
 
 from zoo.plugins.fp8_gemm.kernels import round8
+from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -27,11 +31,13 @@ def rms_norm(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x): x, y [rows, WIDTH], weight [WIDTH]."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
-    values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    wait_for_inputs()
     weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
+    values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     normed = rms_normed(values, weights, epsilon, WIDTH)
     tl.store(y + first * WIDTH + at, normed.to(y.dtype.element_ty), mask)
 
@@ -42,28 +48,36 @@ def rms_norm_fp8(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = round8(norm(x) / y_scale): y float8e4m3."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
-    values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
     scale = tl.load(y_scale)
+    wait_for_inputs()
+    values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     normed = rms_normed(values, weights, epsilon, WIDTH)
     tl.store(y + first * WIDTH + at, round8(normed, scale), mask)
 
 
 @triton.jit
 def add_rms_norm(
-    x, residual, weight, sum, y, epsilon, rows,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, x_scale, sum, y, epsilon, rows,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum = x + residual, y = norm(sum): all [rows, WIDTH] but weight [WIDTH]."""
+    """sum = x + residual, y = norm(sum): all [rows, WIDTH] but weight [WIDTH]; SCALED: sum = x * x_scale + residual."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
+    if SCALED:
+        factor = tl.load(x_scale + col, col < WIDTH, other=0.0)
+    wait_for_inputs()
     left = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     right = tl.load(residual + first * WIDTH + at, mask, other=0.0).to(tl.float32)
-    weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
+    if SCALED:
+        left *= factor
     total = (left + right).to(sum.dtype.element_ty)
     tl.store(sum + first * WIDTH + at, total, mask)
     normed = rms_normed(total.to(tl.float32), weights, epsilon, WIDTH)
@@ -72,17 +86,23 @@ def add_rms_norm(
 
 @triton.jit
 def add_rms_norm_fp8(
-    x, residual, weight, y_scale, sum, y, epsilon, rows,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, y_scale, x_scale, sum, y, epsilon, rows,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum = x + residual, y = round8(norm(sum) / y_scale): y float8e4m3."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
-    left = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
-    right = tl.load(residual + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
     scale = tl.load(y_scale)
+    if SCALED:
+        factor = tl.load(x_scale + col, col < WIDTH, other=0.0)
+    wait_for_inputs()
+    left = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    right = tl.load(residual + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    if SCALED:
+        left *= factor
     total = (left + right).to(sum.dtype.element_ty)
     tl.store(sum + first * WIDTH + at, total, mask)
     normed = rms_normed(total.to(tl.float32), weights, epsilon, WIDTH)

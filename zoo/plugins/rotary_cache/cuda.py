@@ -14,6 +14,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "ZooRotaryCacheNorm": ("qkv", "cos", "sin", "positions", "q_norm", "k_norm", "kv", "token_slots"),
     "ZooCacheWrite": ("qkv", "kv", "token_slots"),
 }
+SCALED = {kind + suffix: (0,) for kind in KINDS for suffix in ("", "Fp8")}  # columns that are scaled first (``CudaNode.scales``)
 ELEMENTS = 4096  # of a tile: 32 for each thread of 4 warps
 HEADS = 8  # of a tile, at most
 
@@ -42,13 +43,16 @@ def lower(node: CudaNode) -> list[Launch]:
         "LACED": bool(node.attrs.get("interleaved", 0)),
         "NORM": kind == "ZooRotaryCacheNorm",
         "EPSILON": float(node.attrs.get("epsilon", 0.0)),
+        "SCALED": bool(node.scales),
         "TOKENS": tokens,
         "HEADS": group,
         "PAIRS": _power_of_two(rotary // 2),
         "REST": _power_of_two(size - rotary) if 0 < rotary < size else 0,
         "WIDTH": width,
     }
-    order = ("qkv", "cos", "sin", "positions", "q_norm", "k_norm", "token_slots", "kv_scale", "q", "kv")
+    if node.scales:
+        given["qkv_scale"] = node.scales[0]
+    order = ("qkv", "qkv_scale", "cos", "sin", "positions", "q_norm", "k_norm", "token_slots", "kv_scale", "q", "kv")
     spare = given["token_slots"]  # stands for what the variant does not read
     tensors = [(name, given.get(name, spare)) for name in order]
     kernel = Kernel(
@@ -56,6 +60,7 @@ def lower(node: CudaNode) -> list[Launch]:
         (*((name, tensor.pointer) for name, tensor in tensors), ("tokens", "i32")),
         tuple(constants.items()),
         num_warps=int(node.tuning.get("rotary_warps", 4)),
+        overlaps=True,
     )
     grid = (Size("T", 1, tokens), fixed((heads + 2 * kv_heads) // group), fixed(1))
     return [Launch(kernel, grid, (*(tensor.name for _, tensor in tensors), Size("T")))]

@@ -6,6 +6,8 @@
 It reads every value once and writes it once. All of a tile's loads are asked for before the first of them is needed, so that
 a step of few tokens waits for memory twice: for its slots and positions, and for everything else.
 
+SCALED: qkv comes from a float8 GEMM that left its columns' scale [(H + 2K) * D], float32, to be multiplied in here.
+
 Shape legend: T tokens, H heads, K key/value heads, D head size, R rotary size; a tile is [TOKENS, HEADS, values].
 """
 
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 
 from zoo.plugins.fp8_gemm.kernels import round8
+from zoo.plugins.overlap.kernels import prefetch, start_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -42,17 +45,26 @@ def _load_pairs(at, live, TOKENS: tl.constexpr, HEADS: tl.constexpr, R: tl.const
 
 @triton.jit
 def _rotate(
-    source, weight, cos, sin, to, scale, live,
-    D: tl.constexpr, R: tl.constexpr, LACED: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+    source, columns, weight, cos, sin, to, scale, live,
+    D: tl.constexpr, R: tl.constexpr, LACED: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, SCALED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Norm, if any, and rotate the heads at ``source``, store them at ``to``; both [TOKENS, HEADS, 1]."""
+    """Scale, norm, if any, and rotate the heads at ``source``, store them at ``to``; both [TOKENS, HEADS, 1].
+
+    ``columns`` [1, HEADS, 1]: where their columns' scales are.
+    """
+    whole = tl.full([1, 1, 1], True, tl.int1)
     first, second = _load_pairs(source, live, TOKENS, HEADS, R, PAIRS, LACED)
+    if SCALED:
+        first_scale, second_scale = _load_pairs(columns, whole, 1, HEADS, R, PAIRS, LACED)
+        first *= first_scale
+        second *= second_scale
     if REST > 0:
         tail = R + tl.arange(0, REST)[None, None, :]
         rest = tl.load(source + tail, mask=live & (tail < D), other=0.0).to(tl.float32)
+        if SCALED:
+            rest *= tl.load(columns + tail, mask=tail < D, other=0.0)
     if NORM:
-        whole = tl.full([1, 1, 1], True, tl.int1)
         weights = weight + tl.zeros([1, 1, 1], tl.int32)
         first_weight, second_weight = _load_pairs(weights, whole, 1, 1, R, PAIRS, LACED)
         square = tl.sum(first * first + second * second, axis=2, keep_dims=True)
@@ -79,30 +91,38 @@ def _rotate(
 
 
 @triton.jit
-def _copy(source, to, scale, live, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Store the heads at ``source`` at ``to`` as they are; both [TOKENS, HEADS, 1]."""
+def _copy(source, columns, to, scale, live, D: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr):
+    """Store the heads at ``source`` at ``to`` as they are, but for their columns' scales; both [TOKENS, HEADS, 1]."""
     value = tl.arange(0, WIDTH)[None, None, :]
     values = tl.load(source + value, mask=live & (value < D), other=0.0).to(tl.float32)
+    if SCALED:
+        values *= tl.load(columns + value, mask=value < D, other=0.0)
     _put(to + value, values, live & (value < D), scale)
 
 
 @triton.jit
 def rotary_cache(
-    qkv, cos, sin, positions, q_norm, k_norm, token_slots, kv_scale, q, kv, tokens,
+    qkv, qkv_scale, cos, sin, positions, q_norm, k_norm, token_slots, kv_scale, q, kv, tokens,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    R: tl.constexpr, LACED: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+    R: tl.constexpr, LACED: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, SCALED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T / TOKENS), (H + 2K) / HEADS). HEADS divides H and K.
 
     R is 0 without a rotation; then cos, sin and positions are not read, nor q_norm and k_norm without NORM, nor kv_scale
-    with a pool that is not float8. PAIRS, REST, WIDTH: powers of two, at least R/2, D - R (0 if that is 0), D.
+    with a pool that is not float8, nor qkv_scale unless SCALED. PAIRS, REST, WIDTH: powers of two, at least R/2, D - R (0 if
+    that is 0), D.
     """
+    start_dependents()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     first_head = tl.program_id(1) * HEADS
     head = tl.arange(0, HEADS)[None, :, None]
     live = token < tokens
     source = qkv + token.to(tl.int64) * ((H + 2 * K) * D) + (first_head + head) * D
+    columns = qkv_scale + (first_head + head) * D
+    if SCALED and D % 128 == 0:
+        prefetch(columns + tl.arange(0, 16)[None, None, :] * (D // 16))
+    wait_for_inputs()
     if R > 0:
         pair = tl.arange(0, PAIRS)[None, None, :]
         if first_head < H + K:
@@ -117,11 +137,11 @@ def rotary_cache(
         to_q = q + token.to(tl.int64) * (H * D) + (first_head + head) * D
         if R > 0:
             _rotate(
-                source, q_norm, cosine, sine, to_q, 1.0, live,
-                D, R, LACED, NORM, EPSILON, TOKENS, HEADS, PAIRS, REST,
+                source, columns, q_norm, cosine, sine, to_q, 1.0, live,
+                D, R, LACED, NORM, EPSILON, SCALED, TOKENS, HEADS, PAIRS, REST,
             )  # fmt: skip
         else:
-            _copy(source, to_q, 1.0, live, D, WIDTH)
+            _copy(source, columns, to_q, 1.0, live, D, WIDTH, SCALED)
     else:
         slot = tl.load(token_slots + token, mask=live, other=0)
         values = first_head >= H + K
@@ -134,11 +154,11 @@ def rotary_cache(
             scale = tl.load(kv_scale + half)
         if R > 0:
             if values:
-                _copy(source, to_kv, scale, live, D, WIDTH)
+                _copy(source, columns, to_kv, scale, live, D, WIDTH, SCALED)
             else:
                 _rotate(
-                    source, k_norm, cosine, sine, to_kv, scale, live,
-                    D, R, LACED, NORM, EPSILON, TOKENS, HEADS, PAIRS, REST,
+                    source, columns, k_norm, cosine, sine, to_kv, scale, live,
+                    D, R, LACED, NORM, EPSILON, SCALED, TOKENS, HEADS, PAIRS, REST,
                 )  # fmt: skip
         else:
-            _copy(source, to_kv, scale, live, D, WIDTH)
+            _copy(source, columns, to_kv, scale, live, D, WIDTH, SCALED)

@@ -1,28 +1,39 @@
 """Launches of the skinny GEMM: which tiles for which shape, and the kernels with their arguments.
 
-Reading at full bandwidth takes some megabytes in flight all the time. So there is one wave of programs, two or three for each
+Reading at full bandwidth takes some megabytes in flight all the time. So there is one wave of programs, one to three for each
 multiprocessor, all resident at once; where N alone has too few tiles for that, K is split.
+
+M rows of x, N outputs, K inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from zoo.errors import CompileError
 from zoo.plugins.kernels import Arg, Kernel, Launch, Scratch, Size, TensorRef, fixed
 
 KERNELS = "zoo.plugins.skinny_gemm.kernels"
-MOST_ROWS = 64
+BUCKETS = (16, 32, 64)  # rows that an engine has a kernel of its own for
+MOST_ROWS = 128
 MULTIPROCESSORS = 132  # of H100 SXM and H200
-PROGRAMS = 3 * MULTIPROCESSORS  # of one wave, at the shared memory that the tilings below take
-LEAST_STEPS = 4  # of a program along K: fewer are over before reading is under way
+WAVE = 1.4  # programs for each multiprocessor that K is split for, at least
+RESIDENT = 4  # and at most; as many run at once
+SHARED = 227 << 10  # bytes of a multiprocessor that programs share
 SUM_BLOCK = 512
+COUNTERS = "gemm.counters"  # zeros on the GPU that the session keeps for split sums
 # Products of float8e4m3 that the tensor cores add before the sum moves on to float32; what DeepSeek-V3 (2024) found enough.
 PROMOTE = 128
+# Bytes of a weight that are asked for before its kernel's inputs are there: what the L2 cache has room for beside other things.
+PREFETCH = 16 << 20
+ITEMS = {"float8e4m3": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: 16, 32 or 64 rows of x, ``block_n`` rows of w, ``block_k`` of K a step, K in ``splits`` shares."""
+    """How a product is cut: 16 to 128 rows of x, ``block_n`` rows of w, ``block_k`` of K a step, K in ``splits`` shares."""
 
     block_m: int
     block_n: int
@@ -31,17 +42,86 @@ class Tiling:
     num_warps: int
     num_stages: int
 
+    def shared(self, dtype: str) -> int:
+        """Bytes of shared memory that a program takes, about."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * ITEMS[dtype]
 
-def tiling(m: int, n: int, k: int, dtype: str) -> Tiling:
-    """A tiling for up to ``m`` rows. NOT YET TUNED ON A GPU: tests/gpu/gemm_bench.py sweeps around it."""
+
+@dataclass(frozen=True)
+class Few:
+    """Launches for up to ``most`` rows. ``counters``: how many zeros (``COUNTERS``) they need."""
+
+    most: int
+    launches: list[Launch]
+    counters: int
+
+
+def tiling(m: int, n: int, k: int, dtype: str, multiprocessors: int = MULTIPROCESSORS) -> Tiling:
+    """A tiling for up to ``m`` rows, near the best of what tests/gpu/skinny_bench.py measured on an H100.
+
+    Tiles of 64 rows of w; where they fill the GPU twice already, float8e4m3 has 128. K is split until there are enough
+    programs, but not so far that partial sums, 8 bytes a split, row and output, come near the bytes of w. A step reads 256
+    bytes of each row if a program has eight such steps, else 128.
+    """
     assert 0 < m <= MOST_ROWS, f"{m} rows are not few"
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    block_n = 128
-    block_k = 128 if dtype == "float8e4m3" else 64  # rows of 128 bytes
-    steps = -(-k // block_k)
+    item = ITEMS[dtype]
+    block_m = next(size for size in (16, 32, 64, 128) if m <= size)
+    block_n = 128 if item == 1 and n >= 128 * WAVE * multiprocessors else 64
     tiles = -(-n // block_n)
-    fitting = [s for s in range(1, steps + 1) if steps % s == 0 and tiles * s <= PROGRAMS and steps // s >= LEAST_STEPS]
-    return Tiling(block_m, block_n, block_k, max(fitting, default=1), 8 if block_m == 64 else 4, 4 if block_m < 64 else 3)
+    whole = k * item // 128  # steps of 128 bytes
+    able = [s for s in range(1, whole // 4 + 1) if k * item % (128 * s) == 0 and s * block_m * 32 <= k * item] or [1]
+    able = [s for s in able if s == 1 or tiles * s <= RESIDENT * multiprocessors]
+    splits = next((s for s in able if tiles * s >= WAVE * multiprocessors), able[-1])
+    share = k * item // splits
+    size = 256 if share % 256 == 0 and share >= 2048 else 128
+    stages = 3 if size == 256 else 4
+    if block_n == 128 and block_m > 16:
+        stages = 2
+    return Tiling(block_m, block_n, size // item, splits, block_n // 16, stages)
+
+
+def alternatives(
+    x: TensorRef, w: TensorRef, y: TensorRef, x_scale: TensorRef | None, w_scale: TensorRef | None, tuning: Mapping[str, Any]
+) -> list[Few]:
+    """Launches for few rows, in the order of rows; none for a product that the kernel cannot do. Scales as in ``launches``.
+
+    Tuning: ``skinny``: {"NxK": {most rows: [block_m, block_n, block_k, splits, warps, stages]}} takes the place of the defaults
+    of that shape ("NxK.dtype" where two dtypes have it), so that {} leaves it to cuBLASLt; ``skinny_prefetch``: bytes;
+    ``skinny_bulk``: in few large pieces.
+    """
+    n, k = w.shape
+    assert isinstance(n, int) and isinstance(k, int)
+    if w.dtype != x.dtype or w.dtype not in ITEMS or w.dtype == "float32" or k * ITEMS[w.dtype] % 16:
+        return []
+    found = {most: tiling(most, n, k, w.dtype) for most in BUCKETS}
+    chosen = tuning.get("skinny", {})
+    name = next((name for name in (f"{n}x{k}.{w.dtype}", f"{n}x{k}") if name in chosen), None)
+    if name is not None:
+        found = {int(most): _tuned(name, most, numbers, w.dtype) for most, numbers in chosen[name].items()}
+    prefetched, bulk = int(tuning.get("skinny_prefetch", PREFETCH)), bool(tuning.get("skinny_bulk", False))
+    made = []
+    for most, tiles in sorted(found.items()):
+        few = launches(x, w, y, tiles, w_scale, x_scale, COUNTERS, most, prefetched, bulk)
+        made.append(Few(most, few, counters_for(n, tiles, most) if tiles.splits > 1 else 0))
+    return made
+
+
+def _tuned(name: str, most: Any, numbers: Any, dtype: str) -> Tiling:
+    """A tiling as a hardware profile has it. CompileError for one that no kernel has."""
+    try:
+        tiles = Tiling(*(int(number) for number in numbers))
+    except (TypeError, ValueError):
+        raise CompileError(
+            f"tuning.skinny.{name}.{most} is {numbers!r}, not [block_m, block_n, block_k, splits, warps, stages]"
+        ) from None
+    powers = (tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps)
+    fits = tiles.block_m >= 16 and tiles.block_n >= 64 and tiles.block_k * ITEMS[dtype] >= 32 and tiles.shared(dtype) <= SHARED
+    if not fits or any(one & (one - 1) for one in powers) or min(tiles.splits, tiles.num_warps, tiles.num_stages, int(most)) < 1:
+        raise CompileError(
+            f"tuning.skinny.{name}.{most}: {tiles} is no tiling for {dtype}: blocks are powers of two, of 16, 64 and 32 bytes at "
+            f"least, and its stages fit in {SHARED:,} bytes"
+        )
+    return tiles
 
 
 def launches(
@@ -53,31 +133,36 @@ def launches(
     x_scale: TensorRef | None = None,
     counters: str | None = None,
     most_rows: int = 0,
+    prefetched: int = 0,
+    bulk: bool = False,
 ) -> list[Launch]:
-    """y [M, N] = x [M, K] · w [N, K]ᵀ, times the scales of float8e4m3 operands; one launch, or two.
+    """y [M, N] = x [M, K] · w [N, K]ᵀ, times what scales there are; one launch, or two.
 
-    counters   a tensor of int32 zeros, one for each tile of the result (``counters_for``), that launches on one stream share:
-               they find and leave it zero. Without it, split sums are added by a second launch
-    most_rows  the most rows that M will ever be, ``tiles.block_m`` if left out; decides the scratch for split sums
+    x_scale     scalar, of float8e4m3 operands
+    w_scale     [N], of float8e4m3 operands; without it, whoever reads y multiplies by it
+    counters    a tensor of int32 zeros, one for each tile of the result (``counters_for``), that launches on one stream share:
+                they find and leave it zero. Without it, split sums are added by a second launch
+    most_rows   the most rows that M will ever be, ``tiles.block_m`` if left out; decides the scratch for split sums
+    prefetched  bytes of w that are asked for before the launch waits for x; ``bulk``: in few large pieces
     """
     n, k = w.shape
     assert isinstance(n, int) and isinstance(k, int) and x.dtype == w.dtype and x.shape[-1] == k and y.shape[-1] == n
-    scaled = w.dtype == "float8e4m3"
-    assert scaled == (w_scale is not None) == (x_scale is not None)
-    item = 1 if scaled else 4 if w.dtype == "float32" else 2
+    fp8 = w.dtype == "float8e4m3"
+    assert fp8 == (x_scale is not None) and (fp8 or w_scale is None)
+    item = ITEMS[w.dtype]
     assert k * item % 16 == 0, f"{w.name}: rows of {k} {w.dtype} do not begin at multiples of 16 bytes"
     rows, split = x.rows, tiles.splits > 1
     counted = split and counters is not None
     parts = Scratch("skinny.partial", fixed(max(1, tiles.splits * (most_rows or tiles.block_m) * n * 4)))
     # What a variant does not read has a place in its argument list all the same: y stands there.
-    scales: tuple[Arg, Arg] = (w_scale.name, x_scale.name) if w_scale and x_scale else (y.name, y.name)
+    scales = tuple((name, one.name if one else y.name) for name, one in (("w_scale", w_scale), ("x_scale", x_scale)))
+    scaled: tuple[tuple[str, bool], ...] = (("X_SCALED", x_scale is not None), ("W_SCALED", w_scale is not None))
     kernel = Kernel(
         f"{KERNELS}:skinny_gemm",
         (
             ("x", x.pointer),
             ("w", w.pointer),
-            ("w_scale", "*fp32"),
-            ("x_scale", "*fp32"),
+            *((name, "*fp32") for name, _ in scales),
             ("y", y.pointer),
             ("partial", "*fp32"),
             ("counters", "*i32"),
@@ -90,18 +175,21 @@ def launches(
             ("BLOCK_N", tiles.block_n),
             ("BLOCK_K", tiles.block_k),
             ("SPLITS", tiles.splits),
-            ("SCALED", scaled),
+            *scaled,
             ("COUNTED", counted),
-            ("PROMOTE", min(PROMOTE, tiles.block_k) if scaled else 0),
+            ("PROMOTE", min(PROMOTE, tiles.block_k) if fp8 else 0),
+            ("PREFETCH", _prefetch(n, k, item, tiles, prefetched)),
+            ("BULK", bulk),
         ),
         tiles.num_warps,
         tiles.num_stages,
+        overlaps=True,
     )
     grid = fixed(-(-n // tiles.block_n)), fixed(tiles.splits), Size(rows.symbol, rows.times, rows.over * tiles.block_m)
     args: tuple[Arg, ...] = (
         x.name,
         w.name,
-        *scales,
+        *(name for _, name in scales),
         y.name,
         parts if split else y.name,
         counters if counted and counters else y.name,
@@ -111,11 +199,22 @@ def launches(
     if split and not counted:
         adder = Kernel(
             f"{KERNELS}:sum_partials",
-            (("partial", "*fp32"), ("w_scale", "*fp32"), ("x_scale", "*fp32"), ("y", y.pointer), ("M", "i32")),
-            (("N", n), ("BLOCK_N", SUM_BLOCK), ("SPLITS", tiles.splits), ("SCALED", scaled)),
+            (("partial", "*fp32"), *((name, "*fp32") for name, _ in scales), ("y", y.pointer), ("M", "i32")),
+            (("N", n), ("BLOCK_N", SUM_BLOCK), ("SPLITS", tiles.splits), *scaled),
+            overlaps=True,
         )
-        made.append(Launch(adder, (fixed(-(-n // SUM_BLOCK)), rows, fixed(1)), (parts, *scales, y.name, rows)))
+        args = (parts, *(name for _, name in scales), y.name, rows)
+        made.append(Launch(adder, (fixed(-(-n // SUM_BLOCK)), rows, fixed(1)), args))
     return made
+
+
+def _prefetch(n: int, k: int, item: int, tiles: Tiling, wanted: int) -> int:
+    """Bytes of each row of a program, about ``wanted`` over all programs that run at once; 0 where shares of K are uneven."""
+    if k % (tiles.block_k * tiles.splits):
+        return 0
+    share = k * item // tiles.splits
+    rows = min(n * tiles.splits, RESIDENT * MULTIPROCESSORS * tiles.block_n)
+    return min(share, -(-wanted // (256 * rows)) * 256) // 128 * 128
 
 
 def counters_for(n: int, tiles: Tiling, most_rows: int = 0) -> int:

@@ -4,8 +4,8 @@ Shape legend: M rows of x (tokens), N outputs, K inputs; S splits of K. Strides 
 
     x         [M, K]      float8e4m3, bfloat16 or float16; as is w
     w         [N, K]
-    w_scale   [N]         float32, one a row of w          (only if SCALED)
-    x_scale   []          float32, one for all of x        (only if SCALED)
+    x_scale   []          float32, one for all of x        (only if X_SCALED)
+    w_scale   [N]         float32, one a row of w          (only if W_SCALED; else whoever reads y multiplies by it)
     y         [M, N]      any float
     partial   [S, M, N]   float32                          (only if S > 1)
     counters  [tiles]     int32, zero before and after     (only if COUNTED)
@@ -14,6 +14,9 @@ Operands are swapped: a tile of the weights is the tensor core's M side, which i
 its N side, which may be 16. Each program reads BLOCK_N rows of w over its share of K. With S > 1 the shares are added in the
 order of their numbers, whoever finishes last, so that results do not depend on timing: by the last program of a tile to
 arrive (COUNTED), or by ``sum_partials`` as a launch of its own, which needs no counters.
+
+Before it waits for the kernel that makes x, a program asks for the first PREFETCH bytes of each of its rows of w, so that memory
+is read through while small kernels run (``zoo.plugins.overlap``).
 
 FP8 tensor cores of SM 9.0 add with few bits; every ``PROMOTE`` products the sum moves on to float32 registers. That costs
 nothing where reading the weights is what takes the time.
@@ -24,13 +27,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.plugins.overlap.kernels import prefetch, prefetch_bulk, start_dependents, wait_for_inputs
+
 
 @triton.jit
-def _finish(total, w_scale, x_scale, y, m, n, M, N: tl.constexpr, SCALED: tl.constexpr):
+def _scales(w_scale, x_scale, n, N: tl.constexpr, X_SCALED: tl.constexpr, W_SCALED: tl.constexpr):
+    """What sums of rows n of w are multiplied by, as n is shaped."""
+    scale = tl.full(n.shape, 1.0, tl.float32)
+    if W_SCALED:
+        scale = tl.load(w_scale + n, mask=n < N, other=0.0)
+    if X_SCALED:
+        scale = scale * tl.load(x_scale)
+    return scale
+
+
+@triton.jit
+def _finish(total, scales, y, m, n, M, N: tl.constexpr):
     """Scale sums [BLOCK_N, BLOCK_M] and write them to y, transposed."""
-    if SCALED:
-        scales = tl.load(w_scale + n, mask=n < N, other=0.0) * tl.load(x_scale)
-        total = total * scales[:, None]
+    total = total * scales[:, None]
     places = y + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(places, tl.trans(total).to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -51,9 +65,12 @@ def skinny_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    W_SCALED: tl.constexpr,
     COUNTED: tl.constexpr,
     PROMOTE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """Grid: (ceil(N / BLOCK_N), SPLITS, ceil(M / BLOCK_M))."""
     STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
@@ -67,6 +84,19 @@ def skinny_gemm(
     # the tile's first weight is found in 64 bits, what lies inside a tile in 32
     w_places = w + (tile.to(tl.int64) * BLOCK_N * K) + (rows[:, None] * K + k[None, :])
     x_places = x + m[:, None] * K + k[None, :]
+    start_dependents()
+    if PREFETCH > 0:
+        ITEM: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        tl.static_assert(EVEN_K and PREFETCH % 128 == 0 and STEPS * BLOCK_K * ITEM >= PREFETCH)
+        row = tl.minimum(n, N - 1).to(tl.int64) * K + split * (STEPS * BLOCK_K)
+        if BULK:
+            prefetch_bulk(w + row[:, None] + tl.arange(0, 2)[None, :] * (PREFETCH // 2 // ITEM), PREFETCH // 2)
+        else:
+            sectors = w + row[:, None] + tl.arange(0, 4)[None, :] * (32 // ITEM)
+            for start in tl.static_range(0, PREFETCH, 128):
+                prefetch(sectors + start // ITEM)
+    scales = _scales(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
+    wait_for_inputs()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(STEPS):
         if EVEN_K and EVEN_N:
@@ -85,7 +115,7 @@ def skinny_gemm(
         w_places += BLOCK_K
         x_places += BLOCK_K
     if SPLITS == 1:
-        _finish(total, w_scale, x_scale, y, m, n, M, N, SCALED)
+        _finish(total, scales, y, m, n, M, N)
     else:
         inside = (m[None, :] < M) & (n[:, None] < N)
         places = partial + m[None, :].to(tl.int64) * N + n[:, None]
@@ -98,7 +128,7 @@ def skinny_gemm(
                 total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 for part in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=1):
                     total += tl.load(places + part * stride, mask=inside, other=0.0, cache_modifier=".cg")
-                _finish(total, w_scale, x_scale, y, m, n, M, N, SCALED)
+                _finish(total, scales, y, m, n, M, N)
                 tl.store(counter, 0)
 
 
@@ -112,15 +142,17 @@ def sum_partials(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
-    SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    W_SCALED: tl.constexpr,
 ):
     """Add the parts of a row that ``skinny_gemm`` left, in order. Grid: (ceil(N / BLOCK_N), M, 1)."""
+    start_dependents()
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     places = partial + row * N + n
+    scales = _scales(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
+    wait_for_inputs()
     total = tl.zeros((BLOCK_N,), tl.float32)
     for part in tl.static_range(SPLITS):
         total += tl.load(places + part * (M.to(tl.int64) * N), mask=n < N, other=0.0)
-    if SCALED:
-        total = total * (tl.load(w_scale + n, mask=n < N, other=0.0) * tl.load(x_scale))
-    tl.store(y + row * N + n, total.to(y.dtype.element_ty), mask=n < N)
+    tl.store(y + row * N + n, (total * scales).to(y.dtype.element_ty), mask=n < N)

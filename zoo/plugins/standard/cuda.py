@@ -18,6 +18,7 @@ KERNELS = "zoo.plugins.standard.kernels"
 FLOATS = ("float32", "float16", "bfloat16")
 NUMBERS = (*FLOATS, "int32", "int64")
 GELUS = {"none": GELU, "tanh": GELU_TANH}
+SCALED = {"Add": (0, 1)}  # inputs whose columns a kernel can scale first (``CudaNode.scales``)
 
 
 def _refuse(node: CudaNode, reason: str) -> CompileError:
@@ -66,12 +67,14 @@ def _binary(node: CudaNode, op: str) -> list[Launch]:
     """Equal shapes, or one operand a row that all rows of the other share."""
     a, b = _given(node, 2)
     y = node.outputs[0]
-    if _is_row(a, y) and not _is_row(b, y):
+    if 1 in node.scales or (_is_row(a, y) and not _is_row(b, y)):
         a, b = b, a
+    scale = next(iter(node.scales.values()), a)
     shared = _is_row(b, y) and not _same(b, y)
     if not _same(a, y) or not (shared or _same(b, y)):
         raise _refuse(node, f"shapes {list(a.shape)} and {list(b.shape)} are neither equal nor a row beside rows")
-    return [tiles(y).launch(f"{KERNELS}:binary", [("a", a), ("b", b), ("y", y)], OP=op, SHARED=shared)]
+    tensors = [("a", a), ("b", b), ("a_scale", scale), ("y", y)]
+    return [tiles(y).launch(f"{KERNELS}:binary", tensors, OP=op, SHARED=shared, SCALED=bool(node.scales))]
 
 
 def _same(tensor: TensorRef, y: TensorRef) -> bool:

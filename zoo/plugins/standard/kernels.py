@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from zoo.plugins.gated_activation.kernels import activate, sigmoid
+from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -17,9 +18,11 @@ def unary(
     OP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = f(x), both [rows, WIDTH]. OP: cast, sigmoid, or the kind of an activation as a number (``activate``)."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    wait_for_inputs()
     values = tl.load(x + first * WIDTH + at, mask, other=0)
     if OP == "sigmoid":
         values = sigmoid(values.to(tl.float32))
@@ -30,18 +33,26 @@ def unary(
 
 @triton.jit
 def binary(
-    a, b, y, rows,
-    OP: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, a_scale, y, rows,
+    OP: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = a + b or a * b: a, y [rows, WIDTH], b the same, or one row [WIDTH] that all rows share. OP: add, multiply."""
+    """y = a + b or a * b: a, y [rows, WIDTH], b the same, or one row [WIDTH] that all rows share. OP: add, multiply.
+
+    SCALED: a comes from a float8 GEMM that left its columns' scale [WIDTH], float32, to be multiplied in here.
+    """
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    wait_for_inputs()
     left = tl.load(a + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     if SHARED:
         right = tl.load(b + col, col < WIDTH, other=0.0).to(tl.float32)
     else:
         right = tl.load(b + first * WIDTH + at, mask, other=0.0).to(tl.float32)
+    if SCALED:
+        left *= tl.load(a_scale + col, col < WIDTH, other=0.0)
     if OP == "add":
         result = left + right
     else:
@@ -56,9 +67,11 @@ def copy_columns(
     FROM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = x[:, START : START + WIDTH]: x [rows, FROM], y [rows, WIDTH]."""
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows - first) & (col < WIDTH)
+    wait_for_inputs()
     values = tl.load(x + first * FROM + START + row * FROM + col, mask)
     tl.store(y + first * WIDTH + row * WIDTH + col, values, mask)
 
@@ -72,9 +85,11 @@ def gather_rows(
 
     An index beyond the data reads what is not there: ONNX calls it an error, and nobody checks it here.
     """
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows - first) & (col < WIDTH)
+    wait_for_inputs()
     index = tl.load(indices + first + row, row < rows - first, other=0).to(tl.int64)
     index = tl.where(index < 0, index + height, index)
     tl.store(y + first * WIDTH + row * WIDTH + col, tl.load(data + index * WIDTH + col, mask), mask)
@@ -90,9 +105,11 @@ def layer_norm(
     The variance is taken of the differences in registers, a second sum: E[x²] - E[x]² would cancel. The bias is asked for
     early, as all else, unless a row leaves no registers for it.
     """
+    start_dependents()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask, at = (row < rows - first) & (col < WIDTH), row * WIDTH + col
+    wait_for_inputs()
     values = tl.load(x + first * WIDTH + at, mask, other=0.0).to(tl.float32)
     weights = tl.load(weight + col, col < WIDTH, other=0.0).to(tl.float32)
     if BLOCK <= 16384:

@@ -1,6 +1,7 @@
 """How a tensor of rows is cut into tiles, one program a tile: [rows, width] in tiles of [ROWS, BLOCK].
 
-Every kernel of the elementwise side takes ``WIDTH``, ``ROWS`` and ``BLOCK`` as constants and the number of rows at run time.
+Every kernel of the elementwise side takes ``WIDTH``, ``ROWS`` and ``BLOCK`` as constants and the number of rows at run time, and
+waits for its inputs by itself (``zoo.plugins.overlap``).
 Columns are masked against a constant width, so that a width that is a multiple of 8 keeps accesses of 16 bytes.
 """
 
@@ -55,6 +56,7 @@ class Tiles:
             ),
             (*constants.items(), ("WIDTH", self.width), ("ROWS", self.height), ("BLOCK", self.block)),
             num_warps=self.warps,
+            overlaps=True,
         )
         grid = (Size(self.rows.symbol, self.rows.times, self.height), fixed(-(-self.width // self.block)), fixed(1))
         return Launch(kernel, grid, (*(tensor.name for _, tensor in tensors), *(value for *_, value in numbers), self.rows))

@@ -1,7 +1,7 @@
 """GEMMs of cuBLASLt through ctypes: no maintained binding of it is as small as the few calls that a session needs.
 
-NOT YET RUN ON A GPU. Constants and structures are those of the public header ``cublasLt.h`` of the nvidia-cublas wheel, and a
-test compares them where the header is at hand.
+Constants and structures are those of the public header ``cublasLt.h`` of the nvidia-cublas wheel, and a test compares them where
+the header is at hand.
 
     y[M, N] = x[M, K] · w[N, K]ᵀ        all row-major, rows contiguous
 

@@ -1,4 +1,4 @@
-"""One GPU through the CUDA driver: memory, streams, events, kernels from cubins, graphs. NOT YET RUN ON A GPU.
+"""One GPU through the CUDA driver: memory, streams, events, kernels from cubins, graphs.
 
 It calls cuda-python's ``cuda.bindings.driver``; every call of that gives a tuple that begins with an error code. Handles and
 addresses are plain integers here. A launch costs about half a microsecond of Python above the driver's own time.
@@ -45,6 +45,7 @@ class Device:
         driver_version        the newest CUDA that its driver knows: 13000 for 13.0
         multiprocessors       how many it has
         max_shared            bytes of shared memory that one block may ask for
+        overlap               whether launches that may overlap the one before them do; may be set
 
     Everything it hands out is freed by ``close``; ``free`` gives one thing back earlier. Methods make the context the calling
     thread's; ``launch``, ``replay``, ``record`` and ``copy`` leave that out, so a thread that runs steps calls ``use`` first.
@@ -61,6 +62,8 @@ class Device:
         self._lock = threading.Lock()
         self._open = False
         self.sm = sm
+        self.overlap = True
+        self._configs: dict[int, Any] = {}  # of launches that overlap, by stream
         try:
             code = int(cu.cuInit(0)[0])
         except (RuntimeError, OSError) as error:  # cuda-python finds no libcuda, or one that is too old
@@ -77,7 +80,7 @@ class Device:
         self._context = self._do("start a context", cu.cuDevicePrimaryCtxRetain(self._device))
         self._open = True
         self.use()
-        self._cu_launch, self._cu_graph = cu.cuLaunchKernel, cu.cuGraphLaunch
+        self._cu_launch, self._cu_launch_ex, self._cu_graph = cu.cuLaunchKernel, cu.cuLaunchKernelEx, cu.cuGraphLaunch
         self._cu_record, self._cu_copy = cu.cuEventRecord, cu.cuMemcpyDtoDAsync
 
     def _find(self, sm: int) -> Any:
@@ -250,13 +253,39 @@ class Device:
         return found
 
     def launch(
-        self, function: int, grid: tuple[int, int, int], num_warps: int, shared: int, params: Arguments, stream: int
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        num_warps: int,
+        shared: int,
+        params: Arguments,
+        stream: int,
+        overlap: bool = False,
     ) -> None:
-        """Queue a kernel. Nothing of a grid may be 0."""
+        """Queue a kernel. Nothing of a grid may be 0. ``overlap``: it may start while the kernel before it still runs, for
+        whose end it waits by itself (programmatic dependent launch).
+        """
         x, y, z = grid
-        result = self._cu_launch(function, x, y, z, 32 * num_warps, 1, 1, shared, stream, params.address, 0)
+        if overlap and self.overlap:
+            config = self._configs.get(stream) or self._overlapping(stream)
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.sharedMemBytes = 32 * num_warps, shared
+            result = self._cu_launch_ex(config, function, params.address, 0)
+        else:
+            result = self._cu_launch(function, x, y, z, 32 * num_warps, 1, 1, shared, stream, params.address, 0)
         if result[0]:
             self._fail(f"launch a kernel over {grid}", int(result[0]))
+
+    def _overlapping(self, stream: int) -> Any:
+        """What launches on a stream that overlap have in common."""
+        cu = self._driver
+        attribute = cu.CUlaunchAttribute()
+        attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = self._configs[stream] = cu.CUlaunchConfig()
+        config.blockDimY = config.blockDimZ = 1
+        config.hStream, config.attrs, config.numAttrs = cu.CUstream(stream), [attribute], 1
+        return config
 
     # graphs
 

@@ -1,4 +1,5 @@
-"""A ``cuda`` engine from its files to the GPU: plan read and checked, cubins loaded, weights streamed, programs linked.
+"""A ``cuda`` engine from its files to the GPU: files read and checked, room counted, cubins loaded, weights streamed, programs
+linked.
 
 ``plan.json`` and the cubins come from an artifact whose digests were verified; what is checked here is that they fit each other
 and this GPU. Nothing is compiled or timed: cuBLASLt is asked for its choice when a product is first met.
@@ -8,40 +9,49 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import ArtifactError, IncompatibleError
-from zoo.runtime.abi import EngineLimits
-from zoo.runtime.cuda.cublaslt import CublasLt
+from zoo.errors import ArtifactError, IncompatibleError, ResourceError, UnavailableError
+from zoo.resources import size_text
+from zoo.runtime.abi import STEPS_AHEAD, EngineLimits
+from zoo.runtime.cuda.checks import check_manifest, read_plan
+from zoo.runtime.cuda.cublaslt import WORKSPACE, CublasLt
 from zoo.runtime.cuda.driver import Device
 from zoo.runtime.cuda.gemms import GemmMaker
 from zoo.runtime.cuda.inputs import Inputs
 from zoo.runtime.cuda.program import Function, Program, Symbols
 from zoo.runtime.cuda.steps import input_bytes
-from zoo.runtime.cuda.weights import CompiledWeightKernels, load_weights
+from zoo.runtime.cuda.table import check_products, check_sources, read_scales, read_table
+from zoo.runtime.cuda.weights import CHANNEL_SCALE, QUANTIZE, CompiledWeightKernels, arena_layout, load_weights
 from zoo.weights.reader import NUMPY, Tensors
 from zoo.weights.recipe import Weight
 
-SCHEMA = 1
-SLOTS = 3  # pinned copies of a step's inputs
+SLOTS = (
+    STEPS_AHEAD + 2
+)  # steps whose inputs and results are kept: a ticket's are valid until the next submit, and one is under way
+SPARE = 256 << 20  # bytes of GPU memory that are left to graphs, modules and the driver
+DRIVER = 13000  # the CUDA that a driver must know: what cuda-bindings and cuBLASLt are made for
 
 
-def item_size(dtype: str) -> int:
-    return NUMPY[dtype].itemsize
+def pool_block(manifest: EngineManifest) -> int:
+    """Bytes of one block of all KV pools."""
+    return sum(prod(cache.shape[1:]) * NUMPY[cache.dtype].itemsize for cache in manifest.abi.caches)
 
 
 class Loaded:
     """Everything of an engine that is on the GPU. ``addresses``: tensor -> address, or the cell that holds it."""
 
-    def __init__(self, device: Device, stream: int, plan: Mapping[str, Any], manifest: EngineManifest) -> None:
+    def __init__(
+        self, device: Device, stream: int, plan: Mapping[str, Any], manifest: EngineManifest, limits: EngineLimits
+    ) -> None:
         self._device, self._stream, self._plan = device, stream, plan
-        self.limits = EngineLimits(**{key: int(value) for key, value in manifest.limits.items()})
+        self.limits = limits
         self.vocab_size = int(plan["vocab_size"])
         self.index_inputs = tuple(extra.name for extra in manifest.abi.index_inputs)
         self.kv_heads = min((cache.shape[3] for cache in manifest.abi.caches), default=1)
@@ -49,10 +59,8 @@ class Loaded:
         self.addresses: dict[str, Any] = {}
         self.programs: dict[str, Program] = {}
         self.functions: dict[str, Function] = {}
-        shapes = {one.name: tuple(map(str, one.shape)) for one in (*manifest.abi.inputs, *manifest.abi.index_inputs)}
-        self.inputs = Inputs(device, input_bytes(shapes, self.limits), SLOTS)
+        self.inputs = Inputs(device, input_bytes(_shapes(manifest), self.limits), SLOTS)
         self.addresses |= self.inputs.cells
-        self.cublas = CublasLt(device)
         self.arena_size = int(plan["arena"])
         self.arena = device.allocate(self.arena_size, "activations")
         self.logits = self.arena + int(plan["logits"])
@@ -62,6 +70,7 @@ class Loaded:
         device.fill(self.addresses["sampled"], 0, 4 * self.limits.max_rows, stream)
         for name, size in plan["sampling_scratch"].items():
             self.addresses[name] = device.allocate(int(size), "sampling")
+        self.cublas = CublasLt(device)
 
     def load_kernels(self, folder: Path) -> None:
         """Every cubin, compared with the digest in the plan."""
@@ -78,20 +87,20 @@ class Loaded:
             types = tuple(str(kind) for _, kind in data["args"])
             self.functions[name] = Function(handle, int(data["warps"]), shared, types)
 
-    def load_weights(self, folder: Path, checkpoint: Path | None) -> None:
+    def load_weights(self, folder: Path, table: Sequence[Weight], checkpoint: Path | None) -> None:
         """The weight table, carried out over the checkpoint's files."""
-        table = [Weight.from_json(row) for row in _json(folder / "weights.json")["weights"]]
-        scales = _scales(folder if (folder / "scales.json").exists() or checkpoint is None else checkpoint)
-        named = self._plan["weight_kernels"]
-        functions = {
-            (kind, dtype): (self.functions[name].handle, self.functions[name].warps, self.functions[name].shared)
-            for kind, by_dtype in named.items()
-            for dtype, name in by_dtype.items()
-        }
+        functions = {}
+        for kind, expected in (("channel_scale", CHANNEL_SCALE), ("quantize", QUANTIZE)):
+            for dtype, name in self._plan["weight_kernels"].get(kind, {}).items():
+                function = self.functions[name]
+                if function.types[1:] != expected[1:]:
+                    raise ArtifactError(f"plan.json: {name} is no kernel to {kind}; pull or rebuild the engine")
+                functions[kind, dtype] = (function.handle, function.warps, function.shared)
         kernels = CompiledWeightKernels(self._device, functions)
-        with _open_tensors(folder, checkpoint) as tensors:
+        with _open_tensors(folder, checkpoint) as (where, tensors):
+            scales = read_scales(folder if (folder / "scales.json").exists() or checkpoint is None else checkpoint)
+            check_sources(table, tensors, scales, where)
             self.addresses |= load_weights(self._device, self._stream, table, tensors, scales, kernels)
-        self._shapes = {weight.name: weight.shape for weight in table}
 
     def link(self) -> None:
         """Programs, once pools have their addresses."""
@@ -108,54 +117,90 @@ class Loaded:
         self.cublas.close()
 
 
-def load_engine(device: Device, stream: int, folder: Path, manifest: EngineManifest, checkpoint: Path | None) -> Loaded:
-    """Read, check and load; pools are the caller's to place, then ``link``."""
-    plan = _json(folder / "plan.json")
-    if plan.get("schema") != SCHEMA:
-        raise ArtifactError(f"plan.json: schema is {plan.get('schema')!r}; this version reads {SCHEMA}; rebuild the engine")
-    if plan.get("sm") != device.sm:
-        raise IncompatibleError(f"plan.json is for SM {plan.get('sm')}, the GPU has {device.sm}; choose another profile")
+def load_engine(
+    device: Device, stream: int, folder: Path, manifest: EngineManifest, checkpoint: Path | None, blocks: int = 0
+) -> Loaded:
+    """Read, check and load; pools are the caller's to place, then ``link``. ``blocks``: of the pools that will be placed, at
+    least; 0: as many as one context takes.
+    """
+    if device.driver_version < DRIVER:
+        raise UnavailableError(
+            f"the driver of {device.name} knows CUDA {_cuda(device.driver_version)}, and the engine needs {_cuda(DRIVER)}; "
+            "update the driver to 580 or newer"
+        )
+    plan, limits, table = read_plan(folder), check_manifest(manifest), read_table(folder)
+    if plan["sm"] != device.sm:
+        raise IncompatibleError(f"plan.json is for SM {plan['sm']}, the GPU has {device.sm}; choose another profile")
+    check_products(plan, table)
+    _check_room(device, plan, manifest, limits, table, blocks)
+    loaded = Loaded(device, stream, plan, manifest, limits)
     try:
-        loaded = Loaded(device, stream, plan, manifest)
         loaded.load_kernels(folder)
-        loaded.load_weights(folder, checkpoint)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"plan.json does not fit engine.json ({error!r}); pull or rebuild the engine") from error
+        loaded.load_weights(folder, table, checkpoint)
+    except BaseException:
+        loaded.close()
+        raise
     return loaded
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing; pull or rebuild the engine") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: malformed ({error}); pull or rebuild the engine") from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: expected an object; pull or rebuild the engine")
-    return data
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def _scales(folder: Path) -> dict[str, float]:
-    path = folder / "scales.json"
-    if not path.exists():
-        return {}
-    try:
-        return {str(name): float(value) for name, value in _json(path).items()}
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path}: malformed ({error}); rebuild the engine") from None
+def _shapes(manifest: EngineManifest) -> dict[str, tuple[str, ...]]:
+    return {one.name: tuple(map(str, one.shape)) for one in (*manifest.abi.inputs, *manifest.abi.index_inputs)}
+
+
+def _check_room(
+    device: Device,
+    plan: Mapping[str, Any],
+    manifest: EngineManifest,
+    limits: EngineLimits,
+    table: Sequence[Weight],
+    blocks: int,
+) -> None:
+    """Count what will be allocated before a byte of a weight is read: tens of gigabytes come first, and pools last."""
+    inputs = input_bytes(_shapes(manifest), limits)
+    context = 1 + -(-limits.max_context // limits.block_size)
+    least = min(blocks, limits.max_blocks) or context
+    parts = {
+        "weights": arena_layout(table)[1],
+        "activations": plan["arena"] + WORKSPACE + sum(inputs.values()) + sum(plan["sampling_scratch"].values()),
+        f"KV pools of {least} blocks" if blocks else f"KV pools of one context of {limits.max_context} tokens": least
+        * pool_block(manifest),
+    }
+    free, total = device.memory()
+    needed = sum(parts.values()) + SPARE
+    if needed <= free:
+        return
+    left = (free - needed) // max(pool_block(manifest), 1) + least
+    ways = [f"stop what else runs on it ({size_text(total - free)} are taken)"] if total - free > SPARE else []
+    if blocks and left > 1:
+        ways.append(f"give max_blocks={left} or less")
+    elif left > 1:
+        ways.append(f"build the engine with limits.max_context={(left - 1) * limits.block_size} or less")
+    ways.append("use a GPU with more memory")
+    said = ", ".join(f"{what} {size_text(size)}" for what, size in parts.items())
+    raise ResourceError(
+        f"{device.name} has {size_text(free)} of memory free, and {manifest.model} {manifest.profile} needs {size_text(needed)} "
+        f"({said}, spare {size_text(SPARE)}), {size_text(needed - free)} more: {', or '.join(ways)}"
+    )
 
 
 @contextlib.contextmanager
-def _open_tensors(folder: Path, checkpoint: Path | None) -> Iterator[Tensors | None]:
-    """The checkpoint files that travel with the engine, or those of the folder that it is served with."""
-    where = folder / "checkpoint" if (folder / "checkpoint").is_dir() else checkpoint
-    if where is None:
+def _open_tensors(folder: Path, checkpoint: Path | None) -> Iterator[tuple[Path, Tensors]]:
+    """The checkpoint files that travel with the engine, or those of the folder that it is served with; and where they are."""
+    own = folder / "checkpoint"
+    if own.is_dir():
+        with Tensors.from_files(sorted(own.glob("*.safetensors"))) as tensors:
+            yield own, tensors
+    elif checkpoint is not None:
+        with Tensors.open(checkpoint) as tensors:
+            yield checkpoint, tensors
+    else:
         raise ArtifactError(
             f"{folder}: the engine was built without a checkpoint; name its folder, as `zoo serve REF --checkpoint FOLDER` does"
         )
-    with Tensors.open(where) if where == checkpoint else Tensors.from_files(sorted(where.glob("*.safetensors"))) as tensors:
-        yield tensors
 
 
 def fetch_float32(device: Device, stream: int, place: int, count: int) -> np.ndarray[Any, Any]:

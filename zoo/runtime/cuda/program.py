@@ -1,5 +1,8 @@
 """A launch plan with addresses in it: what a step does on the GPU, in order, for any sizes.
 
+A product (``Gemm``) is cuBLASLt's, or launches of the plan's own where its rows are few enough for them. A launch may overlap
+the one before it, where the plan says that its kernel waits for its inputs by itself.
+
 Arguments that change from step to step are shared cells: a token count or the place of an input is written once, and all
 launches that read it see it (``zoo.runtime.cuda.arguments``). A launch costs one call of the driver and no Python arithmetic.
 
@@ -62,14 +65,18 @@ class Launch:
     function: Function
     grid: tuple[Key, Key, Key]
     arguments: Arguments
+    overlap: bool
 
 
 @dataclass
 class Gemm:
+    """``run`` for any number of rows; ``small``: (most rows, launches) in the order of rows, which go before it."""
+
     rows: Key
     n: int
     k: int
     run: GemmRunner
+    small: Sequence[tuple[int, Sequence[Launch]]] = ()
 
 
 class Program:
@@ -91,13 +98,14 @@ class Program:
         for step in steps:
             if step["op"] == "gemm":
                 assert make_gemm is not None, "a plan part without products"
-                self._steps.append(self._gemm(step, make_gemm))
+                self._steps.append(self._gemm(step, functions, make_gemm))
             else:
                 self._steps.append(self._launch(step, functions))
 
-    def _gemm(self, step: Mapping[str, Any], make_gemm: Callable[..., GemmRunner]) -> Gemm:
+    def _gemm(self, step: Mapping[str, Any], functions: Mapping[str, Function], make_gemm: Callable[..., GemmRunner]) -> Gemm:
         runner = make_gemm(step, self._fixed)
-        return Gemm(self._symbols.number(_key(step["rows"])), int(step["n"]), int(step["k"]), runner)
+        small = [(int(one["most"]), [self._launch(each, functions) for each in one["launches"]]) for one in step.get("small", ())]
+        return Gemm(self._symbols.number(_key(step["rows"])), int(step["n"]), int(step["k"]), runner, small)
 
     def _launch(self, step: Mapping[str, Any], functions: Mapping[str, Function]) -> Launch:
         if step["kernel"] not in functions:
@@ -106,7 +114,8 @@ class Program:
         if len(step["args"]) != len(function.types):
             raise ArtifactError(f"plan.json: {step['kernel']} takes {len(function.types)} arguments, not {len(step['args'])}")
         x, y, z = (self._symbols.number(_key(side)) for side in step["grid"])
-        return Launch(function, (x, y, z), Arguments(function.types, [self._value(arg) for arg in step["args"]]))
+        arguments = Arguments(function.types, [self._value(arg) for arg in step["args"]])
+        return Launch(function, (x, y, z), arguments, bool(step.get("overlap", False)))
 
     def _value(self, arg: Mapping[str, Any]) -> Any:
         match arg:
@@ -139,13 +148,18 @@ class Program:
         for step in steps:
             if isinstance(step, Gemm):
                 if rows := numbers[step.rows]:
-                    step.run(rows, stream)
+                    for most, few in step.small:
+                        if rows <= most:
+                            self.run_steps(few, numbers, stream)
+                            break
+                    else:
+                        step.run(rows, stream)
                 continue
             x, y, z = step.grid
             grid = (numbers[x], numbers[y], numbers[z])
             if grid[0] and grid[1] and grid[2]:
                 function = step.function
-                launch(function.handle, grid, function.warps, function.shared, step.arguments, stream)
+                launch(function.handle, grid, function.warps, function.shared, step.arguments, stream, step.overlap)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -17,6 +17,7 @@ from zoo.runtime.cuda_indices import CUDA_INDEX_BUILDERS, decode_splits
 
 Array = np.ndarray[Any, Any]
 GROUP = "full"
+CAPTURED = 1024  # sequences up to which a decode step is captured
 
 
 class Shape(Protocol):
@@ -44,6 +45,17 @@ def bucket(sequences: int, most: int) -> int:
 
 def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
+
+
+def captured_size(batch: Batch, limits: EngineLimits) -> int:
+    """To how many sequences a step is padded and captured; 0 for one that is launched as it comes.
+
+    A captured step has as many tokens and rows as sequences, so that all three limits bound it.
+    """
+    count = len(batch.kv_lengths)
+    if len(batch.token_ids) != count or len(batch.logit_rows) > count or np.diff(batch.query_starts).min() != 1:
+        return 0
+    return bucket(count, min(limits.max_sequences, limits.max_tokens, limits.max_rows, CAPTURED))
 
 
 def eager_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits, shape: Shape) -> Step:

@@ -17,28 +17,26 @@ from typing import Any
 import numpy as np
 
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import ResourceError
+from zoo.errors import ArtifactError, RequestError, ResourceError
 from zoo.resources import size_text
-from zoo.runtime.abi import STEPS_AHEAD, Batch, Sampling, StepResult
+from zoo.runtime.abi import Batch, Sampling, StepResult
 from zoo.runtime.cuda.driver import Array, Device
-from zoo.runtime.cuda.loading import Loaded, item_size, load_engine
-from zoo.runtime.cuda.steps import Step, bucket, captured_step, eager_step
-
-SLOTS = STEPS_AHEAD + 2  # a ticket's arrays are valid until the next submit, and one more step may be under way
-SPARE = 256 << 20  # bytes of GPU memory that are left to graphs, modules and the driver
-CAPTURED = 1024  # sequences up to which a decode step is captured
+from zoo.runtime.cuda.loading import SLOTS, SPARE, load_engine, pool_block
+from zoo.runtime.cuda.steps import GROUP, Step, captured_size, captured_step, eager_step
+from zoo.weights.reader import NUMPY
 
 
 class CudaSession:
     """One engine on the first visible GPU of its SM.
 
     ``checkpoint``: folder of an engine that was built without one. ``blocks``: how many blocks of the pools the caller will
-    use; 0: as many as the engine was built for, or as the GPU has memory left. ``fill`` is for tests: a byte that pools and
-    the arena start with.
+    use, block 0 included; 0: as many as the engine was built for, or as the GPU has memory left. ``fill`` is for tests: a byte
+    that pools and the arena start with.
 
     Raises UnavailableError without GPU, driver or packages, IncompatibleError for another GPU, ArtifactError for files that
-    do not fit each other, ResourceError when memory is short, CheckpointError when the checkpoint does not fit. ``step`` may
-    be called from another thread than the one that opened it, but from one at a time.
+    do not fit each other, ResourceError when memory is short, CheckpointError when the checkpoint does not fit, RequestError
+    for a number of blocks that no pool has. ``step`` may be called from another thread than the one that opened it, but from
+    one at a time.
     """
 
     samples = True
@@ -46,7 +44,13 @@ class CudaSession:
     def __init__(
         self, folder: Path, manifest: EngineManifest, checkpoint: Path | None = None, blocks: int = 0, fill: int | None = None
     ) -> None:
-        self._device = Device(int(manifest.needs["sm"]))
+        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0 or blocks == 1:
+            raise RequestError(
+                f"max_blocks is {blocks!r}; block 0 is reserved, so give 2 or more, or 0 for as many as the GPU has memory for"
+            )
+        if not (sm := manifest.needs.get("sm")):
+            raise ArtifactError("engine.json: needs has no sm, which a cuda engine is for; rebuild the engine")
+        self._device = Device(int(sm))
         self._open = True
         try:
             self._setup(folder, manifest, checkpoint, blocks, fill)
@@ -57,14 +61,15 @@ class CudaSession:
     def _setup(self, folder: Path, manifest: EngineManifest, checkpoint: Path | None, blocks: int, fill: int | None) -> None:
         device = self._device
         self._stream = device.stream()
-        engine = load_engine(device, self._stream, folder, manifest, checkpoint)
-        self._engine: Loaded = engine
+        engine = self._engine = load_engine(device, self._stream, folder, manifest, checkpoint, blocks)
         self.vocab_size = engine.vocab_size
         count = self._place_pools(manifest, blocks, fill)
         self.limits = dataclasses.replace(engine.limits, max_blocks=count)
         if fill is not None:
             device.fill(engine.arena, fill, engine.arena_size, self._stream)
         engine.link()
+        self._width = -(-self.limits.max_context // self.limits.block_size)
+        self._named = 0  # rows of the last step whose tokens the next one may name
         rows = self.limits.max_rows
         self._ids = [device.pinned(4 * rows).view(np.int32) for _ in range(SLOTS)]
         self._logits: list[Array | None] = [None] * SLOTS
@@ -75,22 +80,22 @@ class CudaSession:
 
     def _place_pools(self, manifest: EngineManifest, blocks: int, fill: int | None) -> int:
         """Give the pools what memory is left, up to what is wanted; the number of blocks."""
-        caches = manifest.abi.caches
-        block = sum(prod(cache.shape[1:]) * item_size(cache.dtype) for cache in caches)
-        limits = self._engine.limits
-        free = self._device.memory()[0] - SPARE
-        count = min(blocks or limits.max_blocks, limits.max_blocks, free // block)
-        least = 1 + -(-limits.max_context // limits.block_size)
-        if count < min(least, blocks or least):
-            fitting = max(0, (free // block - 1) * limits.block_size)
+        limits, block = self._engine.limits, pool_block(manifest)
+        free = max(0, self._device.memory()[0] - SPARE)
+        wanted = min(blocks or limits.max_blocks, limits.max_blocks)
+        count = min(wanted, free // block)
+        least = wanted if blocks else min(wanted, 1 + -(-limits.max_context // limits.block_size))
+        if count < least:
+            way = "give max_blocks" if blocks else "build the engine with limits.max_context"
+            number = count if blocks else (count - 1) * limits.block_size
             raise ResourceError(
-                f"{self._device.name} has {size_text(max(free, 0))} left beside the weights; the KV pools of one context of "
-                f"{limits.max_context} tokens need {size_text(least * block)}, {size_text(least * block - free)} more. "
-                + (f"Build the engine with limits.max_context={fitting} or less, or use" if fitting else "Use")
-                + " a GPU with more memory"
+                f"{self._device.name} has {size_text(free)} left beside the weights; KV pools of {least} blocks need "
+                f"{size_text(least * block)}, {size_text(least * block - free)} more: "
+                + (f"{way}={number} or less, or " if count > 1 else "")
+                + "use a GPU with more memory"
             )
-        for cache in caches:
-            size = count * prod(cache.shape[1:]) * item_size(cache.dtype)
+        for cache in manifest.abi.caches:
+            size = count * prod(cache.shape[1:]) * NUMPY[cache.dtype].itemsize
             place = self._engine.addresses[cache.name] = self._device.allocate(size, f"the KV pool {cache.name}")
             if fill is not None:
                 self._device.fill(place, fill, size, self._stream)
@@ -103,23 +108,25 @@ class CudaSession:
     def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
         """Queue a step; see ``zoo.runtime.abi.SamplingSession``."""
         assert self._open, "the session is closed"
-        self._check(batch)
+        self._check(batch, sampling)
         device, slot = self._device, self._next
         device.use()
         self._next = (slot + 1) % SLOTS
         device.wait_event(self._done[slot])
-        decode = len(batch.token_ids) == len(batch.kv_lengths) <= CAPTURED
-        if decode and (size := bucket(len(batch.kv_lengths), self.limits.max_sequences)):
+        self._named = 0
+        size = captured_size(batch, self.limits)
+        if size:
             step = captured_step(batch, sampling, self.limits, self._engine, size)
         else:
             step = eager_step(batch, sampling, self.limits, self._engine)
         self._engine.inputs.send(slot, step.arrays, self._stream)
-        if decode:
+        if size:
             self._replay(step)
         else:
             self._launch(step)
         ticket = self._collect(slot, len(batch.logit_rows), sampling)
         device.record(self._done[slot], self._stream)
+        self._named = len(batch.logit_rows) if sampling is not None else 0
         return ticket
 
     def _launch(self, step: Step) -> None:
@@ -174,17 +181,26 @@ class CudaSession:
             self._engine.close()
         self._device.close()
 
-    def _check(self, batch: Batch) -> None:
-        """The scheduler keeps the limits; a batch that breaks them is a bug."""
-        limits, tokens, sequences = self.limits, len(batch.token_ids), len(batch.kv_lengths)
+    def _check(self, batch: Batch, sampling: Sampling | None) -> None:
+        """The scheduler keeps the limits; a batch that breaks them is a bug, and kernels would write beyond their tensors."""
+        limits, ids, rows = self.limits, batch.token_ids, batch.logit_rows
+        tokens, sequences = len(ids), len(batch.kv_lengths)
         assert 0 < tokens <= limits.max_tokens, f"{tokens} tokens in a step, the engine takes {limits.max_tokens}"
         assert 0 < sequences <= limits.max_sequences, f"{sequences} sequences in a step, the engine takes {limits.max_sequences}"
-        assert len(batch.logit_rows) <= limits.max_rows, f"{len(batch.logit_rows)} rows, the engine takes {limits.max_rows}"
-        assert batch.token_ids.max() < self.vocab_size, "a token id outside the vocabulary"
-        for table in batch.block_tables.values():
-            assert table.shape[0] == sequences and table.min() >= 0 and table.max() < limits.max_blocks, (
-                "a block outside the pool"
-            )
+        assert len(rows) <= limits.max_rows, f"{len(rows)} rows, the engine takes {limits.max_rows}"
+        assert len(batch.positions) == tokens and len(batch.query_starts) == sequences + 1, "arrays of different lengths"
+        assert batch.query_starts[0] == 0 and batch.query_starts[-1] == tokens, "query_starts does not end at the last token"
+        assert ids.max() < self.vocab_size, "a token id outside the vocabulary"
+        assert ids.min() >= -self._named, "a token id that names no row of the step before"
+        assert not len(rows) or (rows.min() >= 0 and rows.max() < tokens), "a row outside the step"
+        assert batch.kv_lengths.max() <= limits.max_context, "a sequence beyond the engine's context"
+        table = batch.block_tables[GROUP]
+        assert table.shape[0] == sequences and table.min() >= 0 and table.max() < limits.max_blocks, "a block outside the pool"
+        assert table.shape[1] <= self._width, f"{table.shape[1]} blocks a sequence, the engine takes {self._width}"
+        assert batch.kv_lengths.max() <= table.shape[1] * limits.block_size, "a sequence beyond its blocks"
+        for array in (ids, batch.positions, batch.query_starts, batch.kv_lengths, rows, table):
+            assert array.dtype == np.int32, f"an array of {array.dtype}, the ABI says int32"
+        assert sampling is None or len(sampling.rows) == len(rows), "sampling records for another number of rows"
 
 
 class Ticket:
