@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,47 @@ def _patched(function: Any) -> Iterator[None]:
     for thing, name, value in _PATCHES:
         scope.set_attr(thing, name, value)
     scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # numpy 2.4 has no int of arrays
+    scope.set_attr(tl.tensor, "__init__", _tensor)
+    scope.set_attr(tl.block_type, "__init__", _block)
     try:
-        with mock.patch.object(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope()):
+        with (
+            mock.patch.object(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope()),
+            mock.patch.object(interpreter, "_get_np_dtype", _numpy_type),
+        ):
             yield
     finally:
         scope.restore()
+
+
+# What Triton makes anew for every value is made once for every shape: half of the interpreter's time.
+_SHAPES: dict[tuple[int, ...], tuple[Any, Any]] = {}
+_BLOCKS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_make_block = tl.block_type.__init__
+_NUMPY: dict[str, Any] = {}
+_make_numpy = interpreter._get_np_dtype
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    sizes = type.sizes if type.is_block() else ()
+    if sizes not in _SHAPES:
+        _SHAPES[sizes] = tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(size) for size in sizes])
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = _SHAPES[sizes]
+
+
+def _block(self: Any, element: Any, shape: Sequence[Any]) -> None:
+    sizes = tuple([getattr(size, "value", size) for size in shape])
+    if (element.name, sizes) not in _BLOCKS:
+        _make_block(self, element, shape)
+        _BLOCKS[element.name, sizes] = self.shape, self.numel, self.name
+    self.element_ty, self.sizes = element, sizes
+    self.shape, self.numel, self.name = _BLOCKS[element.name, sizes]
+
+
+def _numpy_type(kind: Any) -> Any:
+    if kind.name not in _NUMPY:
+        _NUMPY[kind.name] = _make_numpy(kind)
+    return _NUMPY[kind.name]
 
 
 @contextlib.contextmanager

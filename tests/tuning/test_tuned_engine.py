@@ -19,7 +19,7 @@ from zoo.plugins.cached_attention import cuda as attention_cuda
 from zoo.plugins.skinny_gemm import cuda as skinny
 from zoo.spec import BuildSpec
 from zoo.tuning import attention, elementwise, products, run, trial
-from zoo.tuning.shapes import Shapes, attention_node, rotary_node
+from zoo.tuning.shapes import Product, Shapes, attention_node, rotary_node
 
 Engine = tuple[Path, EngineManifest]
 
@@ -130,6 +130,20 @@ def test_defaults_that_are_best_say_nothing(engine: Engine, monkeypatch: pytest.
     monkeypatch.setattr(trial._Trial, "seconds", lambda self: [2.0 - (self.timing.variant.label == "default")] * len(self._loads))
     made = tuned(engine)
     assert made.section.data == {} and len(made.rows) > 10 and all(row["best"] == "default" for row in made.rows)
+
+
+def test_time_that_runs_out_within_a_product(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of the first bucket is timed, and nothing else: the section has nothing to say."""
+    late = iter([0.0, 0.0] + [2.0] * 1000)
+    monkeypatch.setattr("time.perf_counter", lambda: next(late))
+    made = tuned(engine, seconds=1)
+    assert [row["what"] for row in made.rows] == ["128x64.float8e4m3 M<=16"] * 2 and made.rows[0]["cublas_us"] is None
+    assert made.section.data == {} and made.left_out[0] == "some variants of 128x64.float8e4m3 M<=16"
+
+
+def test_a_shape_without_a_kernel_is_passed_over(engine: Engine) -> None:
+    assert list(products.tune_product(None, Product(64, 20, "bfloat16", "bfloat16", "T"), 64, 1e9)) == []  # type: ignore[arg-type]
+    assert list(products.tune_product(None, Product(64, 64, "float32", "float32", "T"), 64, 1e9)) == []  # type: ignore[arg-type]
 
 
 def test_no_time_is_said(engine: Engine) -> None:

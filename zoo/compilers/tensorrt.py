@@ -9,7 +9,7 @@ Not run here: no machine of this project has the library. Its names are checked 
 nothing else about this target is proven.
 
     engine.plan             the serialized engine; it fits this TensorRT version and the GPU model it was built on
-    plugins/plugins.json    only with plugins: {"implementations": {op: "aot" or "jit"}, "kernels": what launching "jit" ones needs}
+    plugins/plugins.json    only with plugins: {"implementations": {op: "aot" or "jit"}, "kernels": {name: what a launch needs}}
     plugins/*.cubin         kernels of "jit" plugins for the GPU's SM; those of "aot" plugins are in the plan
 """
 

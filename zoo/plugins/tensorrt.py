@@ -90,8 +90,8 @@ def register_function(trt: Any, trtp: Any, binding: Binding) -> Callable[..., An
         return tuple(outputs)
 
     # As arrays of one number: the bindings let go of a plain number's memory before TensorRT has read it.
-    kinds = {int: np.int64, float: np.float64}
-    attributes = [(attribute.name, NDArray[kinds[attribute.type]]) for attribute in plugin.attributes]  # type: ignore[misc]
+    kinds: dict[type, Any] = {int: NDArray[np.int64], float: NDArray[np.float64]}
+    attributes = [(attribute.name, kinds[attribute.type]) for attribute in plugin.attributes]
     inputs = [(port.name, trtp.TensorDesc) for port in plugin.inputs]
     made = GenericAlias(tuple, tuple(trtp.TensorDesc for _ in plugin.outputs))
     return _signed(describe, [*inputs, *attributes], made)

@@ -79,8 +79,11 @@ def loads(bench: Bench, product: Product, bucket: int, rows: tuple[int, ...]) ->
 
 
 def tune_product(bench: Bench, product: Product, most: int, deadline: float) -> Iterator[tuple[int, Outcome]]:
-    """(bucket, outcome), bucket by bucket, up to the first in which cuBLASLt wins. ``most``: rows that a step may have."""
-    for bucket in BUCKETS:
+    """(bucket, outcome), bucket by bucket, up to the first in which cuBLASLt wins. ``most``: rows that a step may have.
+
+    None for a shape that the kernel cannot do.
+    """
+    for bucket in BUCKETS if _launches(product, {}) else ():
         if bucket > most and bucket != BUCKETS[0]:
             return
         with bench.memory():
@@ -90,14 +93,19 @@ def tune_product(bench: Bench, product: Product, most: int, deadline: float) -> 
         if outcome is None:
             return
         yield bucket, outcome
-        if winner(outcome).variant.label == "cuBLASLt":
+        if not outcome.complete or winner(outcome).variant.label == "cuBLASLt":
             return
 
 
 def winner(outcome: Outcome) -> Timing:
     """The best tiling if it beats cuBLASLt by enough to be worth kernels of its own, else cuBLASLt."""
-    library = next(one for one in outcome.timings if one.variant.label == "cuBLASLt")
-    return outcome.best if library.wrong or outcome.best.ratio(library) < GAIN else library
+    library = cublas(outcome)
+    return outcome.best if library is None or outcome.best.ratio(library) < GAIN else library
+
+
+def cublas(outcome: Outcome) -> Timing | None:
+    """cuBLASLt's time, where it has one."""
+    return next((one for one in outcome.timings if one.variant.label == "cuBLASLt" and one.seconds), None)
 
 
 def entry(product: Product, outcomes: Mapping[int, Outcome]) -> dict[str, list[int]] | None:

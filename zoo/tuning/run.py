@@ -20,7 +20,7 @@ from zoo.runtime.cuda.driver import Device
 from zoo.tuning.attention import key_of, tune_attention
 from zoo.tuning.bench import Bench, Compile
 from zoo.tuning.elementwise import tune_norm, tune_rotary
-from zoo.tuning.products import entry, tune_product, winner
+from zoo.tuning.products import cublas, entry, tune_product, winner
 from zoo.tuning.section import Section
 from zoo.tuning.shapes import Product, Shapes
 from zoo.tuning.trial import Outcome, Timing
@@ -168,11 +168,11 @@ def _add_product(section: Section, product: Product, outcomes: dict[int, Outcome
 def figures(found: Outcome, best: Timing | None = None) -> str:
     """An outcome in a line: ``decode ...: 64 x 1024 41.0 us (default 43.2)``."""
     chosen = best or found.best
-    library = next((one for one in found.timings if one.variant.label == "cuBLASLt"), None)
+    library = cublas(found)
     parts = []
     for place, load in enumerate(found.loads):
         others = [("default", found.default)] if found.default is not library else []
-        others += [("cuBLASLt", library)] if library is not None and library.seconds else []
+        others += [("cuBLASLt", library)] if library is not None else []
         beside = ", ".join(f"{name} {one.seconds[place] * 1e6:.1f}" for name, one in others)
         parts.append(f"{load.name} {chosen.seconds[place] * 1e6:.1f} us ({beside})")
     return f"{found.name}: {'; '.join(parts)}"
@@ -180,8 +180,7 @@ def figures(found: Outcome, best: Timing | None = None) -> str:
 
 def _note(made: Tuned, found: Outcome) -> None:
     """A row for each load of an outcome, and what went wrong."""
-    chosen = winner(found) if any(one.variant.label == "cuBLASLt" for one in found.timings) else found.best
-    library = next((one for one in found.timings if one.variant.label == "cuBLASLt" and one.seconds), None)
+    chosen, library = winner(found), cublas(found)
     for place, load in enumerate(found.loads):
         spent = chosen.seconds[place]
         made.rows.append(

@@ -47,7 +47,7 @@ class Load:
     sets      addresses by tensor: what a rotation goes through
     outputs   tensor -> dtype and how many values, which are compared
     moved     bytes that must be moved at least, 0 if that says nothing; flops likewise
-    tolerance  as in ``TOLERANCES``, where what an output is rounded to is not what most of the difference comes from
+    tolerance as in ``TOLERANCES``, where what an output is rounded to is not what most of the difference comes from
     """
 
     name: str

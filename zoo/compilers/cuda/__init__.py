@@ -68,6 +68,20 @@ class CudaCompiler(Compiler):
         if reason := self.supports(build.hardware):
             raise CompileError(f"cuda does not build for hardware {build.hardware.name!r}: {reason}")
         check_sources(graph.weights.values(), tensors, scales)
+        check_fp8(graph)
         from zoo.compilers.cuda.engine import write_engine  # the planner and every kernel's launches: only for this target
 
         return write_engine(graph, build, workdir, report)
+
+
+def check_fp8(graph: ModelGraph) -> None:
+    """Raise CompileError that lists the FP8 layers which tensor cores cannot multiply: their sizes go in sixteens."""
+    wrong = []
+    for node in graph.graph.nodes:
+        if node.op == "ZooFp8Gemm" and any(size % 16 for size in node.inputs[1].shape):
+            wrong.append(f"{node.name} {list(node.inputs[1].shape)}")
+    if wrong:
+        raise CompileError(
+            f"cuda multiplies FP8 matrices whose sizes are multiples of 16, and {len(wrong)} are not: {', '.join(wrong[:8])}"
+            f"{', ...' if len(wrong) > 8 else ''}; name their roles in quant.skip, or build with quant=none"
+        )

@@ -48,7 +48,7 @@ def _sequence_of(query_starts, tile, sequences, TILE: tl.constexpr):
 def _places(table_row, position, blocks, BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr):
     """Where the keys of positions [N] begin in a pool, for key/value head 0; ROW = K * D. Values: BLOCK_SIZE * ROW further."""
     block = tl.load(table_row + position // BLOCK_SIZE)
-    block = block.to(tl.int64)
+    block = tl.minimum(tl.maximum(block, 0), blocks - 1).to(tl.int64)
     return block * (2 * BLOCK_SIZE * ROW) + (position % BLOCK_SIZE) * ROW
 
 

@@ -2,7 +2,8 @@
 
 The pool is an input and an output that share memory, which TensorRT calls aliased I/O and allows when the builder's
 configuration has the preview feature ``ALIASED_PLUGIN_IO_10_03``. NVIDIA's samples show it with "jit" plugins; with "aot" ones
-it is unproven. A "jit" plugin notices when the two are apart, and copies the pool first; the kernel itself does not.
+it is unproven. A "jit" plugin notices when the two are apart, and copies the pool first; an embedded kernel cannot. So whoever
+runs an engine gives ``kv.<layer>`` and ``kv_out.<layer>`` one address: then it does not matter what TensorRT makes of the alias.
 
 T tokens, B sequences, P blocks a sequence, H heads, K key/value heads, G = H / K, D head size.
 """

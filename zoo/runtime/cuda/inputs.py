@@ -23,7 +23,7 @@ class Inputs:
     def __init__(self, device: Device, most: Mapping[str, int], slots: int) -> None:
         """``most``: the most bytes that each input has."""
         size = sum(_padded(nbytes) for nbytes in most.values())
-        self._device = device
+        self._device, self._most = device, dict(most)
         self._place = device.allocate(size, "the inputs of a step")
         self._pinned = [device.pinned(size) for _ in range(slots)]
         self.cells: dict[str, Any] = {name: ctypes.c_uint64(self._place) for name in most}
@@ -32,7 +32,8 @@ class Inputs:
         """Queue the copy of a step's inputs. The slot's last copy must be over. Arrays may be changed when this returns."""
         pinned, offset = self._pinned[slot], 0
         for name, array in arrays.items():
-            raw = array.reshape(-1).view(np.uint8)
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            assert len(raw) <= self._most[name], f"{name}: {len(raw):,} bytes in a step, the engine takes {self._most[name]:,}"
             pinned[offset : offset + len(raw)] = raw
             self.cells[name].value = self._place + offset
             offset += _padded(len(raw))
