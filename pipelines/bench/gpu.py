@@ -149,6 +149,7 @@ def main() -> int:
     parser.add_argument("--cases", default="128/128/2048,1000/1000/1024,2048/128/512,780/128/1024,128/128/1")
     parser.add_argument("--profile", default="", help="sequences/context pairs of decode steps to take apart: 64/1024,1/200")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/zoo-bench"))  # noqa: S108
+    parser.add_argument("--no-overlap", action="store_true", help="launch every kernel behind the end of the one before")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
 
@@ -169,6 +170,7 @@ def main() -> int:
     llm.generate([[1] * 128], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
     first = time.perf_counter() - started
     session = llm.engine.session
+    session._device.overlap = not arguments.no_overlap
     cache = session.limits.max_blocks * session.limits.block_size
     name = session._device.name
     print(f"{name}: loaded in {loaded:.1f} s, first token after {first:.1f} s, {cache:,} tokens of cache", flush=True)

@@ -20,7 +20,7 @@ from zoo.compilers.cuda.plan import Gemm, Plan, Planner, gemm_json, launch_json
 from zoo.errors import CompileError
 from zoo.plugins.kernels import Launch, Scratch, fixed
 from zoo.plugins.sampling import cuda as sampling
-from zoo.plugins.skinny_gemm.cuda import BUCKETS, COUNTERS
+from zoo.plugins.skinny_gemm.cuda import COUNTERS
 
 SCALED = {"rotary_cache", "add_rms_norm_fp8", "gated_activation_fp8", "binary"}
 
@@ -85,7 +85,7 @@ def test_few_rows_have_launches_and_scratch_of_their_own(tmp_path: Path) -> None
     for gemm in gemms(plan):
         split = (gemm.n, gemm.k) == (64, 96)
         data = json.loads(json.dumps(gemm_json(gemm, plan)))
-        assert [one["most"] for one in data["small"]] == ([16] if split else list(BUCKETS))
+        assert [one["most"] for one in data["small"]] == ([16] if split else [16, 32])
         assert data["counters"] == (1 if split else 0) and data["deferred"] == gemm.deferred
         assert all(one.kernel.name in plan.kernels for one in gemm.launches)
         for one in data["small"]:
@@ -105,7 +105,7 @@ def test_few_kernels(tmp_path: Path) -> None:
     """Layers share theirs: a product of each shape for each number of rows."""
     plan = planned(tmp_path, "llama-grouped", "fp8-kv")
     skinny = [kernel for kernel in plan.kernels.values() if kernel.source.endswith(":skinny_gemm")]
-    assert len(skinny) == len(BUCKETS) * len({(gemm.n, gemm.k) for gemm in gemms(plan)}) == 15
+    assert len(skinny) == 2 * len({(gemm.n, gemm.k) for gemm in gemms(plan)}) == 10
 
 
 def test_weights_that_lie_the_other_way_are_left_to_cublas(tmp_path: Path) -> None:
@@ -140,7 +140,9 @@ def test_nothing_is_written_and_only_weights_are_read_before_inputs_are_there(tm
         command = [tools / "nvdisasm", "-c", tmp_path / f"{name}.cubin"]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         before, wait, behind = code.partition("ACQBULK")
-        assert wait and "ACQBULK" not in behind and "PREEXIT" in before and "EXIT ;" not in before.replace("PREEXIT", "")
+        late = kernel.source.endswith(":skinny_gemm")  # lets the next kernel come only when it has read its weights
+        assert wait and "ACQBULK" not in behind and "PREEXIT" in (behind if late else before)
+        assert "EXIT ;" not in before.replace("PREEXIT", "")
         assert not re.search(r"\b(STG|LDGSTS|ATOMG?|RED|STL|BAR|LDL)\b", before), name
         if re.search(r"\bLDG\b", before):
             early.add(kernel.source.partition(":")[2])

@@ -245,7 +245,7 @@ def step_of(layer: Layer, counts: list[int], lengths: list[int], rotations: int 
         "out": torch.full((1, len(positions), layer.heads * layer.size), float("nan"), device=DEVICE).to(TYPES[layer.out]),
     }
     splits = indices.decode_splits(max(len(singles), 1), layer.kv_heads, max(singles, default=1), limits)
-    sizes = {"T": len(positions), "B": len(counts), "P": max(used), "W": len(tiles), "S": splits}
+    sizes = {"T": len(positions), "B": len(counts), "P": max(used), "W": len(tiles), "S": splits, "J": int(splits > 1)}
     return Step(layer, counts, lengths, tensors, sizes, [torch.from_numpy(table).to(DEVICE) for table in tables])
 
 

@@ -1,6 +1,6 @@
 """The skinny GEMM on this GPU: every tiling of a sweep is checked, then timed. Part of gemm_bench.py.
 
-Timed are launches that wait for each other, and launches that overlap and prefetch as those of an engine do (``us +``).
+Timed are launches that wait for each other, and launches that overlap as those of an engine do (``us +``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from gpu_tools import Compiled, compile_all, peak, seconds, table
 
 from zoo.plugins.kernels import Launch, Scratch, Size, TensorRef
-from zoo.plugins.skinny_gemm.cuda import MULTIPROCESSORS, PREFETCH, Tiling, counters_for, launches, tiling
+from zoo.plugins.skinny_gemm.cuda import MULTIPROCESSORS, Tiling, counters_for, launches, tiling
 from zoo.runtime.cuda.arguments import Arguments
 from zoo.runtime.cuda.driver import Device
 
@@ -73,7 +73,7 @@ def refs(n: int, k: int, dtype: str) -> tuple[TensorRef, ...]:
 
 def plan(n: int, k: int, dtype: str, tiles: Tiling, counted: bool) -> list[Launch]:
     x, w, y, *scales = refs(n, k, dtype)
-    return launches(x, w, y, tiles, *scales, counters="zeros" if counted else None, prefetched=PREFETCH)
+    return launches(x, w, y, tiles, *scales, counters="zeros" if counted else None)
 
 
 def ready(

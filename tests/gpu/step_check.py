@@ -46,14 +46,6 @@ def only(*rows: int) -> dict[str, Any]:
     return found
 
 
-def small_tiles() -> dict[str, Any]:
-    """More programs with less shared memory each, so that more of the next kernel fits beside them."""
-    tiles = only(16, 32, 64)
-    for name, splits in (("6144x4096", 4), ("4096x4096", 4), ("28672x4096", 1), ("4096x14336", 4)):
-        tiles[name] = {str(most): [most, 64, 128, splits, 4, 4] for most in (16, 32, 64)}
-    return tiles
-
-
 def large_tiles() -> dict[str, Any]:
     """More bytes in flight for each program."""
     tiles = only(16, 32, 64)
@@ -62,19 +54,30 @@ def large_tiles() -> dict[str, Any]:
     return tiles
 
 
+def largest_tiles() -> dict[str, Any]:
+    """One program for each multiprocessor where there are enough."""
+    tiles = large_tiles()
+    tiles["6144x4096"]["16"] = [16, 128, 256, 4, 8, 3]
+    tiles["4096x4096"]["16"] = [16, 128, 256, 4, 8, 3]
+    tiles["28672x4096"]["16"] = [16, 128, 256, 1, 8, 3]
+    tiles["4096x14336"]["16"] = [16, 128, 256, 8, 8, 3]
+    return tiles
+
+
+def hybrid() -> dict[str, Any]:
+    """The narrow products left to cuBLASLt."""
+    tiles = large_tiles()
+    return tiles | {"6144x4096": {}, "4096x4096": {}}
+
+
 # name -> tuning
 FORMS: dict[str, Callable[[], dict[str, Any]]] = {
     "cublas outer": lambda: {"skinny": {name: {} for name in SHAPES}, "deferred": False},
     "cublas": lambda: {"skinny": {name: {} for name in SHAPES}},
     "default": dict,
-    "prefetch 0": lambda: {"skinny_prefetch": 0},
-    "prefetch 8M": lambda: {"skinny_prefetch": 8 << 20},
-    "prefetch 32M": lambda: {"skinny_prefetch": 32 << 20},
-    "bulk 16M": lambda: {"skinny_bulk": True},
-    "bulk 32M": lambda: {"skinny_bulk": True, "skinny_prefetch": 32 << 20},
-    "small tiles": lambda: {"skinny": small_tiles()},
-    "large tiles": lambda: {"skinny": large_tiles()},
-    "up to 128": lambda: {"skinny": only(16, 32, 64, 128)},
+    "large": lambda: {"skinny": large_tiles()},
+    "largest": lambda: {"skinny": largest_tiles()},
+    "hybrid": lambda: {"skinny": hybrid()},
 }
 
 

@@ -113,7 +113,7 @@ def run(
     shapes |= {"q": (1, "T", width), "out": (1, "T", width), "block_table": ("B", "P"), "prefill_tiles": ("W", 4)}
     node = cuda_node(PLUGINS[op], dtype, shapes, SMALL | tuning, **shape.attributes)
     b, p = given["block_table"].shape
-    sizes = {"T": given["q"].shape[1], "B": b, "P": p, "W": len(given["prefill_tiles"]), "S": splits}
+    sizes = {"T": given["q"].shape[1], "B": b, "P": p, "W": len(given["prefill_tiles"]), "S": splits, "J": int(splits > 1)}
     run_kernels(LOWERS[op], node, tensors, sizes)
     return tensors["out"]
 

@@ -185,6 +185,7 @@ def test_one_wrong_value_anywhere_is_an_error_or_harmless(victim: Made, name: st
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no limit": ({"limits": {}}, "limits are malformed"),
     "a limit of 0": ({"limits": {"block_size": 0}}, r"limits\.block_size is 0"),
+    "no block but the reserved one": ({"limits": {"max_blocks": 1}}, r"limits\.max_blocks is 1"),
     "an unknown limit": ({"limits": {"most": 3}}, "limits are malformed"),
     "inputs": ({"inputs": ()}, "its inputs are ; expected token_ids, positions"),
     "index inputs": ({"index_inputs": "other"}, "unknown index inputs token_cells; it was written by another version"),

@@ -97,7 +97,7 @@ def test_a_step_as_it_comes() -> None:
     step = eager_step(batch, sampling_of(2, 0.5), LIMITS, Shape())
     assert step.chooser == "sample" and list(step.arrays) == [*SHAPES, "sampling"]
     splits = decode_splits(2, 2, 33, LIMITS)
-    assert step.sizes == {"T": 5, "B": 3, "R": 2, "W": 1, "S": splits, "P": 3}
+    assert step.sizes == {"T": 5, "B": 3, "R": 2, "W": 1, "S": splits, "P": 3, "J": int(splits > 1)}
     np.testing.assert_array_equal(step.arrays["prefill_tiles"], [[0, 0, 3, 17]])
     slots = [2 * 16 + 1, 2 * 16 + 2, 2 * 16 + 3, 13 * 16 + 0, 21 * 16 + 1]
     np.testing.assert_array_equal(step.arrays["token_slots"], slots)
@@ -113,7 +113,7 @@ def test_a_step_as_it_comes() -> None:
 def test_a_captured_step_is_padded() -> None:
     batch = batch_of([1] * 5, [9, 40, 70, 1, 2], [0, 2, 4])
     step = captured_step(batch, sampling_of(3, 1.0), LIMITS, Shape(), 8)
-    assert step.sizes == {"T": 8, "B": 8, "R": 8, "W": 0, "S": decode_splits(8, 2, 100, LIMITS), "P": 7}, "P: 5 to 8, of 7 in all"
+    assert step.sizes == {"T": 8, "B": 8, "R": 8, "W": 0, "S": decode_splits(8, 2, 100, LIMITS), "P": 7, "J": 0}
     arrays, plain = step.arrays, eager_step(batch, sampling_of(3, 1.0), LIMITS, Shape()).arrays
     for name, count in (
         ("token_ids", 5),

@@ -6,7 +6,7 @@ far from float32 as transformers' own bfloat16 is. FP8 is judged by the graph th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import families
@@ -15,6 +15,7 @@ import pytest
 from cuda_engines import Made, Traffic, compile_engine, feed, graph_logits, opened, relative, rounded_logits, shared, some_tokens
 from cuda_on_cpu import Gpu, gpu_on_cpu
 
+from zoo.compilers.cuda.memory import ALIGN, Block
 from zoo.errors import EngineError
 from zoo.runtime.abi import HOST, SAMPLING, Batch, Sampling
 from zoo.runtime.sessions import cuda as module
@@ -108,6 +109,33 @@ def test_limits_that_no_padding_may_break(base: Path, tmp_path: Path) -> None:
     for place, ids in enumerate(tokens.values()):
         want = families.reference_logits(made.checkpoint, ids)
         np.testing.assert_allclose(np.stack([one[place] for one in rows]), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    session.close()
+
+
+@pytest.mark.parametrize(("case", "quant"), [("llama-grouped", "fp8-kv"), ("gpt2", "none")])
+def test_no_step_writes_beyond_its_tensors(
+    base: Path, tmp_path: Path, case: str, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor and scratch in a place of its own with a moat behind it, which stays as it was: the numbers of one arena."""
+    moats: list[tuple[int, int]] = []
+
+    def apart(blocks: Sequence[Block]) -> tuple[dict[str, int], int]:
+        offsets, end = {}, 0
+        for block in blocks:
+            offsets[block.name] = -(-end // ALIGN) * ALIGN
+            end = offsets[block.name] + block.size + 4096
+            moats.append((offsets[block.name] + block.size, end))
+        return offsets, end
+
+    made, _, shared_one = opened(base, case, quant)
+    monkeypatch.setattr("zoo.compilers.cuda.plan.place", apart)
+    manifest = compile_engine(tmp_path / "engine", made.checkpoint, quant)
+    with gpu_on_cpu() as gpu:
+        session = CudaSession(tmp_path / "engine", manifest, blocks=48, fill=0xFF)
+    tokens = some_tokens(made.checkpoint, 3)
+    np.testing.assert_array_equal(joined(feed(session, tokens)), joined(feed(shared_one, tokens)))
+    arena = gpu.memory[session._engine.arena]
+    assert len(moats) > 20 and all((arena[start:end] == 0xFF).all() for start, end in moats)
     session.close()
 
 
@@ -219,6 +247,31 @@ def test_failing_steps_are_errors_and_the_session_goes_on(base: Path) -> None:
     want = families.reference_logits(made.checkpoint, prompt)
     for _ in range(4):  # every slot
         np.testing.assert_allclose(session.step(batch).logits, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_graphs_that_there_is_no_memory_for_are_done_without(base: Path) -> None:
+    made, gpu, session = opened(base, "llama-grouped", dtype="float32")
+    ids = families.prompt(made.checkpoint, 60, 4)
+    traffic, before = Traffic(session), gpu.replays
+    traffic.step({"a": ids[:57]})
+    gpu.fails["cuGraphInstantiate"] = 2
+    got = [traffic.step({"a": [token]})[0] for token in ids[57:59]]
+    gpu.fails.clear()
+    got.append(traffic.step({"a": ids[59:]})[0])
+    want = families.reference_logits(made.checkpoint, ids)[57:]
+    np.testing.assert_allclose(np.stack(got), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    assert gpu.replays == before
+
+
+def test_a_gpu_that_went_wrong_is_closed_all_the_same(base: Path) -> None:
+    made, gpu = shared(base, "llama-grouped"), Gpu()
+    with gpu_on_cpu(gpu):
+        session = CudaSession(made.folder, made.manifest, blocks=20)
+    gpu.fails = dict.fromkeys(("cuMemFree", "cuEventSynchronize", "cuStreamSynchronize"), 700)
+    with pytest.raises(EngineError, match="an illegal memory access was encountered; if it goes on, start the process anew"):
+        session.step(Traffic(session).batch({"a": [3]}))
+    session.close()
+    assert gpu.contexts == 0 and not gpu.blas.things
 
 
 def test_close_gives_everything_back_with_steps_under_way(base: Path) -> None:

@@ -171,7 +171,7 @@ def test_blocks(engine: Made) -> None:
         with pytest.raises(RequestError, match=r"max_blocks is .*; block 0 is reserved, so give 2 or more, or 0 for as many as"):
             open_engine(engine, blocks=blocks)
     whole = engine.manifest.limits["max_blocks"]
-    for blocks, count in ((0, whole), (2, 2), (20, 20), (10**6, whole)):
+    for blocks, count in ((0, whole), (2, 2), (np.int64(20), 20), (10**6, whole)):
         session = open_engine(engine, blocks=blocks)
         assert session.limits.max_blocks == count
         session.close()

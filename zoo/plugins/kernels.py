@@ -8,6 +8,7 @@ Sizes of a step are symbols that the session knows when it runs one:
 
     T  tokens    B  sequences    R  rows of logits    W  prefill tiles (``zoo.runtime.indices``)    S  splits of a context
     P  blocks a sequence: the width of this step's block table
+    J  1 if contexts are split, so that parts are to be joined; else 0
 
 Every pointer that a kernel gets is aligned to 256 bytes, except that rows inside a tensor follow its shape.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SYMBOLS = ("T", "B", "R", "W", "S", "P")
+SYMBOLS = ("T", "B", "R", "W", "S", "P", "J")
 TRITON_TYPES = {
     "float32": "fp32",
     "float16": "fp16",

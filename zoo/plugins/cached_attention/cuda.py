@@ -22,7 +22,8 @@ Constants = dict[str, int | float | bool | str]
 
 
 def lower(node: CudaNode) -> list[Launch]:
-    """Three launches. A step without tiles has no first one; sequences that one of them is not for cost it one load.
+    """Three launches. A step without tiles has no first one, a step that splits no context no last one; sequences that one of
+    them is not for cost it one load.
 
     Tuning: ``prefill_block_m``, ``prefill_block_n``, ``prefill_warps``, ``prefill_stages``, ``decode_block_n``,
     ``decode_warps``, ``decode_stages``, ``decode_least`` (positions of a context's part, at least). For all shapes, or for those
@@ -81,7 +82,7 @@ def lower(node: CudaNode) -> list[Launch]:
     )
     merge = _launch(
         "merge",
-        (fixed(heads), Size("B"), fixed(1)),
+        (fixed(heads), Size("B"), Size("J")),
         [
             ("partials", partials),
             ("stats", stats),

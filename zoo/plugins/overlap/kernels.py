@@ -37,18 +37,3 @@ def prefetch(places):
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def prefetch_bulk(places, SIZE: tl.constexpr):
-    """As ``prefetch``, SIZE bytes from each of ``places`` on; both are multiples of 16. Each is an instruction of its warp."""
-    tl.static_assert(SIZE > 0 and SIZE % 16 == 0)
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [places.to(tl.int64), tl.full(places.shape, SIZE, tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

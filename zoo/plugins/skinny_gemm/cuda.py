@@ -19,15 +19,15 @@ KERNELS = "zoo.plugins.skinny_gemm.kernels"
 BUCKETS = (16, 32, 64)  # rows that an engine has a kernel of its own for
 MOST_ROWS = 128
 MULTIPROCESSORS = 132  # of H100 SXM and H200
-WAVE = 1.4  # programs for each multiprocessor that K is split for, at least
+WAVE = 1.9  # programs for each multiprocessor that K is split for, at least
 RESIDENT = 4  # and at most; as many run at once
 SHARED = 227 << 10  # bytes of a multiprocessor that programs share
 SUM_BLOCK = 512
 COUNTERS = "gemm.counters"  # zeros on the GPU that the session keeps for split sums
 # Products of float8e4m3 that the tensor cores add before the sum moves on to float32; what DeepSeek-V3 (2024) found enough.
 PROMOTE = 128
-# Bytes of a weight that are asked for before its kernel's inputs are there: what the L2 cache has room for beside other things.
-PREFETCH = 16 << 20
+# Bytes of a weight below which cuBLASLt is as fast for more than 32 rows.
+NARROW = 32 << 20
 ITEMS = {"float8e4m3": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -57,25 +57,25 @@ class Few:
 
 
 def tiling(m: int, n: int, k: int, dtype: str, multiprocessors: int = MULTIPROCESSORS) -> Tiling:
-    """A tiling for up to ``m`` rows, near the best of what tests/gpu/skinny_bench.py measured on an H100.
+    """A tiling for up to ``m`` rows, near the best of what tests/gpu/skinny_bench.py and step_check.py measured on Hopper.
 
-    Tiles of 64 rows of w; where they fill the GPU twice already, float8e4m3 has 128. K is split until there are enough
-    programs, but not so far that partial sums, 8 bytes a split, row and output, come near the bytes of w. A step reads 256
-    bytes of each row if a program has eight such steps, else 128.
+    Tiles of 64 rows of w; for more than 16 rows of x, where they fill the GPU twice already, float8e4m3 has 128. K is split
+    until there are enough programs, but not so far that partial sums, 8 bytes a split, row and output, come near the bytes of w.
+    A step reads 128 bytes of each row; of 16-bit weights 256, and for more than 16 rows of x, if a program has eight such steps.
     """
     assert 0 < m <= MOST_ROWS, f"{m} rows are not few"
     item = ITEMS[dtype]
     block_m = next(size for size in (16, 32, 64, 128) if m <= size)
-    block_n = 128 if item == 1 and n >= 128 * WAVE * multiprocessors else 64
+    block_n = 128 if item == 1 and block_m > 16 and n >= 128 * WAVE * multiprocessors else 64
     tiles = -(-n // block_n)
     whole = k * item // 128  # steps of 128 bytes
     able = [s for s in range(1, whole // 4 + 1) if k * item % (128 * s) == 0 and s * block_m * 32 <= k * item] or [1]
     able = [s for s in able if s == 1 or tiles * s <= RESIDENT * multiprocessors]
     splits = next((s for s in able if tiles * s >= WAVE * multiprocessors), able[-1])
     share = k * item // splits
-    size = 256 if share % 256 == 0 and share >= 2048 else 128
+    size = 256 if share % 256 == 0 and share >= 2048 and (item > 1 or block_m > 16) else 128
     stages = 3 if size == 256 else 4
-    if block_n == 128 and block_m > 16:
+    if block_n == 128:
         stages = 2
     return Tiling(block_m, block_n, size // item, splits, block_n // 16, stages)
 
@@ -86,22 +86,21 @@ def alternatives(
     """Launches for few rows, in the order of rows; none for a product that the kernel cannot do. Scales as in ``launches``.
 
     Tuning: ``skinny``: {"NxK": {most rows: [block_m, block_n, block_k, splits, warps, stages]}} takes the place of the defaults
-    of that shape ("NxK.dtype" where two dtypes have it), so that {} leaves it to cuBLASLt; ``skinny_prefetch``: bytes;
-    ``skinny_bulk``: in few large pieces.
+    of that shape ("NxK.dtype" where two dtypes have it), so that {} leaves it to cuBLASLt.
     """
     n, k = w.shape
     assert isinstance(n, int) and isinstance(k, int)
     if w.dtype != x.dtype or w.dtype not in ITEMS or w.dtype == "float32" or k * ITEMS[w.dtype] % 16:
         return []
-    found = {most: tiling(most, n, k, w.dtype) for most in BUCKETS}
+    narrow = n * k * ITEMS[w.dtype] < NARROW
+    found = {most: tiling(most, n, k, w.dtype) for most in (BUCKETS[:-1] if narrow else BUCKETS)}
     chosen = tuning.get("skinny", {})
     name = next((name for name in (f"{n}x{k}.{w.dtype}", f"{n}x{k}") if name in chosen), None)
     if name is not None:
         found = {int(most): _tuned(name, most, numbers, w.dtype) for most, numbers in chosen[name].items()}
-    prefetched, bulk = int(tuning.get("skinny_prefetch", PREFETCH)), bool(tuning.get("skinny_bulk", False))
     made = []
     for most, tiles in sorted(found.items()):
-        few = launches(x, w, y, tiles, w_scale, x_scale, COUNTERS, most, prefetched, bulk)
+        few = launches(x, w, y, tiles, w_scale, x_scale, COUNTERS, most)
         made.append(Few(most, few, counters_for(n, tiles, most) if tiles.splits > 1 else 0))
     return made
 
@@ -133,8 +132,6 @@ def launches(
     x_scale: TensorRef | None = None,
     counters: str | None = None,
     most_rows: int = 0,
-    prefetched: int = 0,
-    bulk: bool = False,
 ) -> list[Launch]:
     """y [M, N] = x [M, K] · w [N, K]ᵀ, times what scales there are; one launch, or two.
 
@@ -143,14 +140,12 @@ def launches(
     counters    a tensor of int32 zeros, one for each tile of the result (``counters_for``), that launches on one stream share:
                 they find and leave it zero. Without it, split sums are added by a second launch
     most_rows   the most rows that M will ever be, ``tiles.block_m`` if left out; decides the scratch for split sums
-    prefetched  bytes of w that are asked for before the launch waits for x; ``bulk``: in few large pieces
     """
     n, k = w.shape
     assert isinstance(n, int) and isinstance(k, int) and x.dtype == w.dtype and x.shape[-1] == k and y.shape[-1] == n
     fp8 = w.dtype == "float8e4m3"
     assert fp8 == (x_scale is not None) and (fp8 or w_scale is None)
-    item = ITEMS[w.dtype]
-    assert k * item % 16 == 0, f"{w.name}: rows of {k} {w.dtype} do not begin at multiples of 16 bytes"
+    assert k * ITEMS[w.dtype] % 16 == 0, f"{w.name}: rows of {k} {w.dtype} do not begin at multiples of 16 bytes"
     rows, split = x.rows, tiles.splits > 1
     counted = split and counters is not None
     parts = Scratch("skinny.partial", fixed(max(1, tiles.splits * (most_rows or tiles.block_m) * n * 4)))
@@ -178,8 +173,6 @@ def launches(
             *scaled,
             ("COUNTED", counted),
             ("PROMOTE", min(PROMOTE, tiles.block_k) if fp8 else 0),
-            ("PREFETCH", _prefetch(n, k, item, tiles, prefetched)),
-            ("BULK", bulk),
         ),
         tiles.num_warps,
         tiles.num_stages,
@@ -206,15 +199,6 @@ def launches(
         args = (parts, *(name for _, name in scales), y.name, rows)
         made.append(Launch(adder, (fixed(-(-n // SUM_BLOCK)), rows, fixed(1)), args))
     return made
-
-
-def _prefetch(n: int, k: int, item: int, tiles: Tiling, wanted: int) -> int:
-    """Bytes of each row of a program, about ``wanted`` over all programs that run at once; 0 where shares of K are uneven."""
-    if k % (tiles.block_k * tiles.splits):
-        return 0
-    share = k * item // tiles.splits
-    rows = min(n * tiles.splits, RESIDENT * MULTIPROCESSORS * tiles.block_n)
-    return min(share, -(-wanted // (256 * rows)) * 256) // 128 * 128
 
 
 def counters_for(n: int, tiles: Tiling, most_rows: int = 0) -> int:

@@ -24,7 +24,7 @@ from zoo.runtime.cuda.cublaslt import DATA_TYPES
 from zoo.runtime.cuda_indices import CUDA_INDEX_BUILDERS
 
 SCHEMA = 1
-SYMBOLS = ("", "T", "B", "R", "W", "S", "P")
+SYMBOLS = ("", "T", "B", "R", "W", "S", "P", "J")
 PARTS = ("greedy", "sample", "resolve")
 INPUTS = ("token_ids", "positions", "query_starts", "kv_lengths", "block_table.full", "logit_rows")
 MOST = (1 << 31) - 1  # of anything that a kernel gets as int32
@@ -174,7 +174,8 @@ def check_manifest(manifest: EngineManifest) -> EngineLimits:
         limits = EngineLimits(**{key: int(value) for key, value in manifest.limits.items()})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"engine.json: limits are malformed ({error}); rebuild the engine") from None
-    if low := [key for key, value in vars(limits).items() if not 1 <= value <= MOST]:
+    least = {"max_blocks": 2}  # block 0 is reserved
+    if low := [key for key, value in vars(limits).items() if not least.get(key, 1) <= value <= MOST]:
         raise ArtifactError(f"engine.json: limits.{low[0]} is {said(vars(limits)[low[0]])}; rebuild the engine")
     abi = manifest.abi
     given = [one.name for one in abi.inputs]

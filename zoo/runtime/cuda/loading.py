@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zoo.artifacts.manifest import EngineManifest
 from zoo.errors import ArtifactError, IncompatibleError, ResourceError, UnavailableError
 from zoo.resources import size_text
@@ -163,11 +161,11 @@ def _check_room(
     inputs = input_bytes(_shapes(manifest), limits)
     context = 1 + -(-limits.max_context // limits.block_size)
     least = min(blocks, limits.max_blocks) or context
+    pools = f"KV pools of {least} blocks" if blocks else f"KV pools of one context of {limits.max_context} tokens"
     parts = {
         "weights": arena_layout(table)[1],
         "activations": plan["arena"] + WORKSPACE + sum(inputs.values()) + sum(plan["sampling_scratch"].values()),
-        f"KV pools of {least} blocks" if blocks else f"KV pools of one context of {limits.max_context} tokens": least
-        * pool_block(manifest),
+        pools: least * pool_block(manifest),
     }
     free, total = device.memory()
     needed = sum(parts.values()) + SPARE
@@ -201,11 +199,3 @@ def _open_tensors(folder: Path, checkpoint: Path | None) -> Iterator[tuple[Path,
         raise ArtifactError(
             f"{folder}: the engine was built without a checkpoint; name its folder, as `zoo serve REF --checkpoint FOLDER` does"
         )
-
-
-def fetch_float32(device: Device, stream: int, place: int, count: int) -> np.ndarray[Any, Any]:
-    """A vector from the GPU."""
-    out: np.ndarray[Any, Any] = np.empty(count, np.float32)
-    device.fetch(out, place, stream)
-    device.wait(stream)
-    return out

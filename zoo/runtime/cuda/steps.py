@@ -29,7 +29,7 @@ class Shape(Protocol):
 
 @dataclass
 class Step:
-    """arrays: inputs by name, in the order they are sent. sizes: T, B, R, W, S and P. chooser: which sampling follows."""
+    """arrays: inputs by name, in the order they are sent. sizes: T, B, R, W, S, P and J. chooser: which sampling follows."""
 
     arrays: dict[str, Array]
     sizes: dict[str, int]
@@ -82,6 +82,7 @@ def eager_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits, sh
         "S": decode_splits(max(1, int(single.sum())), shape.kv_heads, max(1, longest), limits),
         "P": table.shape[1],
     }
+    sizes["J"] = int(sizes["S"] > 1)
     return Step(arrays, sizes, _chooser(sampling))
 
 
@@ -101,7 +102,7 @@ def captured_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits,
             arrays[name] = _longer(arrays[name], size, np.zeros((), SAMPLING) if name == "sampling" else 0)
     longest = power_of_two(int(batch.kv_lengths.max()))
     splits = decode_splits(size, shape.kv_heads, min(longest, limits.max_context), limits)
-    sizes = {"T": size, "B": size, "R": size, "W": 0, "S": splits, "P": width}
+    sizes = {"T": size, "B": size, "R": size, "W": 0, "S": splits, "P": width, "J": int(splits > 1)}
     return Step(arrays, sizes, made.chooser)
 
 

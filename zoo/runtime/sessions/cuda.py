@@ -9,6 +9,7 @@ T tokens, B sequences, P blocks a sequence, R rows of logits, V vocabulary; pool
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from zoo.artifacts.manifest import EngineManifest
-from zoo.errors import ArtifactError, RequestError, ResourceError
+from zoo.errors import ArtifactError, RequestError, ResourceError, ZooError
 from zoo.resources import size_text
 from zoo.runtime.abi import Batch, Sampling, StepResult
 from zoo.runtime.cuda.driver import Array, Device
@@ -44,7 +45,7 @@ class CudaSession:
     def __init__(
         self, folder: Path, manifest: EngineManifest, checkpoint: Path | None = None, blocks: int = 0, fill: int | None = None
     ) -> None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0 or blocks == 1:
+        if isinstance(blocks, bool) or not isinstance(blocks, int | np.integer) or blocks < 0 or blocks == 1:
             raise RequestError(
                 f"max_blocks is {blocks!r}; block 0 is reserved, so give 2 or more, or 0 for as many as the GPU has memory for"
             )
@@ -53,7 +54,7 @@ class CudaSession:
         self._device = Device(int(sm))
         self._open = True
         try:
-            self._setup(folder, manifest, checkpoint, blocks, fill)
+            self._setup(folder, manifest, checkpoint, int(blocks), fill)
         except BaseException:
             self.close()
             raise
@@ -138,14 +139,21 @@ class CudaSession:
             engine.programs[step.chooser].run(numbers, self._stream)
 
     def _replay(self, step: Step) -> None:
-        """The captured graph of a step's sizes; the first such step is launched as it is, and captured for the next."""
+        """The captured graph of a step's sizes; the first such step is launched as it is, and captured for the next.
+
+        A graph that the GPU has no memory for is done without.
+        """
         key = (step.chooser, *step.sizes.values())
         graph = self._graphs.get(key)
-        if graph is None:
-            self._launch(step)
-            self._graphs[key] = self._device.capture(self._stream, lambda: self._launch(step))
-        else:
+        if graph:
             self._device.replay(graph, self._stream)
+            return
+        self._launch(step)
+        if graph is None:
+            try:
+                self._graphs[key] = self._device.capture(self._stream, lambda: self._launch(step))
+            except ResourceError:
+                self._graphs[key] = 0
 
     def _collect(self, slot: int, rows: int, sampling: Sampling | None) -> Ticket:
         """Queue the copies of what the host wants: token ids, or rows of logits."""
@@ -178,7 +186,8 @@ class CudaSession:
             return
         self._open = False
         if hasattr(self, "_engine"):
-            self._engine.close()
+            with contextlib.suppress(ZooError):  # of a GPU that went wrong, which gives nothing back by itself
+                self._engine.close()
         self._device.close()
 
     def _check(self, batch: Batch, sampling: Sampling | None) -> None:
