@@ -18,6 +18,7 @@ from cuda_engines import HOPPER, LIMITS, compile_engine
 from zoo.artifacts.manifest import EngineManifest
 from zoo.compilers.base import weight_bytes
 from zoo.compilers.cuda import CudaCompiler
+from zoo.compilers.cuda.engine import RUNTIME
 from zoo.compilers.cuda.plan import SCHEMA
 from zoo.errors import CompileError, UnavailableError
 from zoo.runtime.cuda import checks
@@ -66,12 +67,13 @@ def test_the_same_build_is_the_same_bytes(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_what_it_says_it_needs(checkpoint: Path, tmp_path: Path) -> None:
-    """Weights, activations and the pools of one context: a GPU with more memory holds more sequences."""
+    """Weights, activations, the pools of one context and what the runtime takes: a GPU with more memory holds more sequences."""
     manifest = compile_engine(tmp_path / "engine", checkpoint, "fp8-kv")
     graph = cuda_engines.rewritten(cuda_engines.build_spec(families.spec(checkpoint), "fp8-kv"))
     pools = 2 * (1 + LIMITS.max_context // LIMITS.block_size) * 2 * LIMITS.block_size * 2 * 16  # layers, blocks, keys and values
     assert manifest.scratch == checks.read_plan(tmp_path / "engine")["arena"]
-    assert manifest.needs == {"kind": "gpu", "sm": 90, "memory": weight_bytes(graph) + manifest.scratch + pools, "packages": {}}
+    memory = weight_bytes(graph) + manifest.scratch + pools + RUNTIME
+    assert manifest.needs == {"kind": "gpu", "sm": 90, "memory": memory, "packages": {}}
 
 
 def test_other_hardware_is_refused(checkpoint: Path, tmp_path: Path) -> None:

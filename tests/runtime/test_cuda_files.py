@@ -263,6 +263,17 @@ def test_fp8_without_scales(base: Path, tmp_path: Path) -> None:
     open_engine(made, checkpoint=folder).close()
 
 
+def test_a_plan_without_kernels_to_quantize(base: Path, tmp_path: Path) -> None:
+    made = copied(shared(base, "llama-grouped", "fp8-kv"), tmp_path / "engine")
+    loaders = json.loads((made.folder / "plan.json").read_text())["weight_kernels"]
+    change_plan(made, lambda plan: plan["weight_kernels"]["quantize"].pop("float32"))
+    refused(ArtifactError, r"plan\.json: it has no kernels to quantize weights of each dtype; pull or rebuild", made)
+    change_plan(
+        made, lambda plan: plan.update(weight_kernels={"channel_scale": loaders["quantize"], "quantize": loaders["quantize"]})
+    )
+    refused(ArtifactError, r"plan\.json: quantize-\w+ is no kernel to channel_scale; pull or rebuild the engine", made)
+
+
 def test_weights_that_are_no_numbers_cannot_be_quantized(base: Path, tmp_path: Path) -> None:
     made = copied(shared(base, "llama-grouped", "fp8-kv"), tmp_path / "engine")
     file = made.folder / "checkpoint" / "model.safetensors"

@@ -77,7 +77,8 @@ def test_random_batches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_splits_fill_a_gpu_and_no_more() -> None:
     limits = EngineLimits(8192, 1024, 1024, 131072, 9000, 16)
     assert decode_splits(1, 8, 1, limits) == 1
-    assert decode_splits(1, 8, 129, limits) == 2
+    assert decode_splits(1, 8, 256, limits) == 1, "two parts, and a kernel to join them, would take as long"
+    assert decode_splits(1, 8, 257, limits) == 3
     assert decode_splits(1, 8, 2048, limits) == 16
     assert decode_splits(1, 8, 131072, limits) == decode_splits(1, 8, 1 << 30, limits) == 128
     assert decode_splits(1024, 8, 131072, limits) == 1

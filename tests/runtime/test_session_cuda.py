@@ -96,6 +96,29 @@ def test_a_captured_step_is_the_step_as_it_comes(base: Path, monkeypatch: pytest
         np.testing.assert_array_equal(logits, found[0][0])
 
 
+def test_long_contexts_are_cut_and_merged(base: Path, tmp_path: Path) -> None:
+    """A context of three parts beside one of a few tokens, as it comes, captured and replayed; then the short one alone."""
+    checkpoint = families.make_checkpoint(base, "llama", max_position_embeddings=512, num_hidden_layers=1)
+    limits = Limits(max_tokens=160, max_sequences=4, max_rows=8, max_context=320, block_size=16)
+    manifest = compile_engine(tmp_path / "engine", checkpoint, limits=limits, dtype="float32")
+    with gpu_on_cpu() as gpu:
+        session = CudaSession(tmp_path / "engine", manifest, fill=0xFF)
+    a, b = families.prompt(checkpoint, 305, 1), families.prompt(checkpoint, 9, 2)
+    traffic = Traffic(session)
+    for new in ({"a": a[:150]}, {"a": a[150:300], "b": b[:3]}):
+        session.step(traffic.batch(new, rows=[]))
+    assert gpu.ran["merge"] == 0, "nothing was decoded"
+    steps = [({"a": a[300:301], "b": b[3:5]}, [0, 2])]  # a is cut, b is a chunk of a prompt
+    steps += [({"a": [a[at]], "b": [b[at - 296]]}, [0, 1]) for at in (301, 302, 303, 304)]
+    rows = [traffic.step(new, wanted) for new, wanted in steps]
+    assert gpu.ran["merge"] == 5 and gpu.replays == 3
+    for place, want in enumerate((families.reference_logits(checkpoint, a)[300:], families.reference_logits(checkpoint, b)[4:])):
+        np.testing.assert_allclose(np.stack([one[place] for one in rows]), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    traffic.step({"c": [5]})
+    assert gpu.ran["merge"] == 5, "one token has one part"
+    session.close()
+
+
 def test_limits_that_no_padding_may_break(base: Path, tmp_path: Path) -> None:
     """Five sequences, where eight would be their bucket and the engine has room for six tokens and five rows."""
     made = shared(base, "llama-grouped", dtype="float32")

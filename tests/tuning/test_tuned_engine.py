@@ -47,7 +47,9 @@ def test_nodes_are_lowered_to_the_plan_s_own_kernels(plan: dict[str, Any], engin
     for product in shapes.products:
         for bucket in skinny.BUCKETS:
             first = products.variants(product, bucket, 132)[0]
-            assert first.label == "default" and {one.name for one in first.kernels} <= set(plan["kernels"]), (product, bucket)
+            # products as narrow as these have no kernel of ours for 64 rows
+            assert first.label == ("default" if bucket < 64 else "cuBLASLt"), (product, bucket)
+            assert {one.name for one in first.kernels} <= set(plan["kernels"]), (product, bucket)
 
 
 @pytest.mark.parametrize("broken", [{}, {"steps": [{}], "kernels": {}}, {"steps": 3, "kernels": {}}])

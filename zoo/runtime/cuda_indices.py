@@ -15,6 +15,7 @@ from zoo.runtime.indices import GROUP, Indices
 TILE = 128  # queries of a prefill tile, at most; kernels are compiled for it (``zoo.plugins.cached_attention``)
 WANTED = 1056  # programs of a decode step: two for each of the four that each of 132 multiprocessors can hold
 LEAST = 128  # positions of one part of a context, below which a program costs more than it saves
+WHOLE = 256  # positions up to which no context is split: joining parts is a kernel more, and costs more than it saves
 MOST = 128  # parts of one context: what merging them may cost
 
 
@@ -58,6 +59,8 @@ def decode_splits(sequences: int, kv_heads: int, longest: int, limits: EngineLim
     Any number gives the same result: kernels cut a context into fewer parts where it is short or scratch is full. A captured
     step takes the number for its bucket of sequences and the longest context that it may meet.
     """
+    if min(longest, limits.max_context) <= WHOLE:
+        return 1
     wanted = max(WANTED // max(sequences * kv_heads, 1), 1)
     return max(min(wanted, -(-min(longest, limits.max_context) // LEAST), MOST), 1)
 

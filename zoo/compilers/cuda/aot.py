@@ -7,6 +7,7 @@ memory and its environment (no interpreter, no line information, so that cubins 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -43,8 +44,9 @@ def compile_kernels(
             text=True,
         )
         assert process.stdin
-        process.stdin.write(json.dumps([to_json(kernel) for kernel in share]))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what ended it before it read is on its standard error
+            process.stdin.write(json.dumps([to_json(kernel) for kernel in share]))
+            process.stdin.close()
         process.stdin = None
         running.append(process)
     done: dict[str, dict[str, Any]] = {}
@@ -52,7 +54,7 @@ def compile_kernels(
     for process in running:
         out, errors = process.communicate()
         if process.returncode:
-            problems.append(errors.strip()[-2000:])
+            problems.append((errors.strip().splitlines() or ["the compiling process ended without a word"])[-1][:500])
             continue
         done |= json.loads(out)
         if progress:
@@ -114,7 +116,12 @@ def main() -> int:
     done = {}
     for data in json.load(sys.stdin):
         kernel = from_json(data)
-        cubin, described = compile_one(kernel, sm)
+        try:
+            cubin, described = compile_one(kernel, sm)
+        except Exception as error:  # Triton's errors share no base class; the last line is what it has to say
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            print(f"{kernel.source} ({data['name']}): {last}", file=sys.stderr)
+            return 1
         (folder / f"{data['name']}.cubin").write_bytes(cubin)
         done[data["name"]] = described
     print(json.dumps(done))

@@ -19,6 +19,7 @@ from zoo.spec import BuildSpec
 
 PLAN_FILE = "plan.json"
 TABLE_FILE = "weights.json"
+RUNTIME = 400_000_000  # bytes of GPU memory that a session takes beside these: cuBLASLt's workspace, inputs, graphs, modules
 
 
 def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Progress) -> CompiledEngine:
@@ -55,7 +56,7 @@ def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Pro
         needs={
             "kind": "gpu",
             "sm": build.hardware.sm,
-            "memory": weight_bytes(graph) + plan.arena + context_bytes(graph, build),
+            "memory": weight_bytes(graph) + plan.arena + context_bytes(graph, build) + RUNTIME,
             "packages": {},
         },
     )

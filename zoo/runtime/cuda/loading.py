@@ -26,7 +26,7 @@ from zoo.runtime.cuda.inputs import Inputs
 from zoo.runtime.cuda.program import Function, Program, Symbols
 from zoo.runtime.cuda.steps import input_bytes
 from zoo.runtime.cuda.table import check_products, check_sources, read_scales, read_table
-from zoo.runtime.cuda.weights import CHANNEL_SCALE, QUANTIZE, CompiledWeightKernels, arena_layout, load_weights
+from zoo.runtime.cuda.weights import CHANNEL_SCALE, QUANTIZE, SOURCES, CompiledWeightKernels, arena_layout, load_weights
 from zoo.weights.reader import NUMPY, Tensors
 from zoo.weights.recipe import Weight
 
@@ -90,10 +90,15 @@ class Loaded:
         functions = {}
         for kind, expected in (("channel_scale", CHANNEL_SCALE), ("quantize", QUANTIZE)):
             for dtype, name in self._plan["weight_kernels"].get(kind, {}).items():
+                if dtype not in SOURCES:
+                    continue
                 function = self.functions[name]
                 if function.types[1:] != expected[1:]:
                     raise ArtifactError(f"plan.json: {name} is no kernel to {kind}; pull or rebuild the engine")
                 functions[kind, dtype] = (function.handle, function.warps, function.shared)
+        quantized = any(weight.recipe.op in ("quantize", "channel_scale") for weight in table)
+        if quantized and len(functions) < 2 * len(SOURCES):
+            raise ArtifactError("plan.json: it has no kernels to quantize weights of each dtype; pull or rebuild the engine")
         kernels = CompiledWeightKernels(self._device, functions)
         with _open_tensors(folder, checkpoint) as (where, tensors):
             scales = read_scales(folder if (folder / "scales.json").exists() or checkpoint is None else checkpoint)
