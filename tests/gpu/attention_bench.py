@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from attention_on_gpu import (
@@ -21,7 +21,7 @@ from attention_on_gpu import (
     SCALES,
     TYPES,
     Layer,
-    Step,
+    Load,
     carry_out,
     microseconds,
     prepare,
@@ -66,6 +66,7 @@ PREFILL = {
     "2048 of 16384": ([2048], [16384]),
 }
 PREFILL_TUNING = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 128, 4, 3)]
+ROTARY_KINDS = ("ZooRotaryCache", "ZooRotaryCacheNorm", "ZooCacheWrite")
 ROTARY_TUNING = [(4096, 8, 4), (2048, 8, 4), (2048, 4, 4), (4096, 8, 8), (8192, 8, 8), (1024, 8, 4)]
 
 
@@ -89,11 +90,11 @@ def rotary_tuning(elements: int, heads: int, warps: int) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------- right?
 
 
-def check_attention() -> int:
+def check_attention(layers: Mapping[str, Layer] = LAYERS, **tuning: Any) -> int:
     """Every layer on a mixture of prefill, chunks and decode, with few and many splits. Says how many failed."""
     failed = 0
-    for name, layer in LAYERS.items():
-        launches = layer.attention()
+    for name, layer in layers.items():
+        launches = layer.attention(**tuning)
         step = step_of(layer, COUNTS, LENGTHS)
         want = reference(step)
         largest = want.abs().max().item()
@@ -135,13 +136,13 @@ def rotary_inputs(layer: Layer, tokens: int, blocks: int) -> dict[str, torch.Ten
     }
 
 
-def check_rotary() -> int:
-    """All variants of one layer against float64."""
+def check_rotary(kinds: tuple[str, ...] = ROTARY_KINDS, **tuning: Any) -> int:
+    """Variants of one layer against float64."""
     failed = 0
-    for kind, pool in itertools.product(("ZooRotaryCache", "ZooRotaryCacheNorm", "ZooCacheWrite"), ("bfloat16", FP8)):
+    for kind, pool in itertools.product(kinds, ("bfloat16", FP8)):
         layer = Layer(pool=pool)
         given = rotary_inputs(layer, 333, 64)
-        carry_out(layer.rotary_cache(kind), given, {"T": 333})
+        carry_out(layer.rotary_cache(kind, **tuning), given, {"T": 333})
         x = given["qkv"][0].to(torch.float64).view(333, -1, layer.size)
         q, k, v = x.split([layer.heads, layer.kv_heads, layer.kv_heads], 1)
         if kind == "ZooRotaryCacheNorm":
@@ -175,25 +176,40 @@ def check_rotary() -> int:
 # ---------------------------------------------------------------------------------------------------- fast?
 
 
-def calls_of(step: Step, launches: list[object], sizes: dict[str, int]) -> list[Callable[[], None]]:
-    """The same launches, each over another block table."""
-    carry_out(launches, step.tensors, sizes)  # makes the scratch
-    return [partial(carry_out, launches, step.tensors | {"block_table": table}, sizes) for table in step.others]
+def decode_load(layer: Layer, sequences: int, context: int) -> Load:
+    """Block tables through more of a pool than the L2 cache holds. Moved are keys and values."""
+    size = sequences * context * 2 * layer.kv_heads * layer.size * torch.finfo(TYPES[layer.pool]).bits // 8
+    step = step_of(layer, [1] * sequences, [context] * sequences, max(1, -(-2 * L2 // size)))
+    return Load([step.tensors | {"block_table": table} for table in step.others], step.sizes, size)
+
+
+def prefill_load(layer: Layer, counts: list[int], lengths: list[int]) -> Load:
+    """Moved are queries, outputs, and keys and values once; the work is that of the pairs that the causal mask leaves."""
+    step = step_of(layer, counts, lengths)
+    pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in zip(counts, lengths, strict=True))
+    kept = 2 * sum(lengths) * layer.kv_heads * torch.finfo(TYPES[layer.pool]).bits // 8
+    rows = sum(counts) * layer.heads * (TYPES[layer.dtype].itemsize + TYPES[layer.out].itemsize)
+    return Load([step.tensors], step.sizes, (kept + rows) * layer.size, 4 * layer.heads * layer.size * pairs)
+
+
+def rotary_load(layer: Layer, tokens: int) -> Load:
+    given = [rotary_inputs(layer, tokens, 1024) for _ in range(4 if tokens > 64 else 1)]
+    stored = 2 * layer.kv_heads * torch.finfo(TYPES[layer.pool]).bits // 8
+    width = layer.heads + 2 * layer.kv_heads
+    return Load(given, {"T": tokens}, tokens * layer.size * (2 * width + 2 * layer.heads + stored))
 
 
 def time_decode(rows: list[str]) -> None:
     for pool, (sequences, context) in itertools.product(("bfloat16", FP8), DECODE):
         layer = Layer(pool=pool)
-        size = sequences * context * 2 * layer.kv_heads * layer.size * torch.finfo(TYPES[pool]).bits // 8
-        step = step_of(layer, [1] * sequences, [context] * sequences, max(1, -(-2 * L2 // size)))
-        chosen = step.sizes["S"]
+        load = decode_load(layer, sequences, context)
+        size, chosen = load.moved, load.sizes["S"]
         found: list[tuple[float, str]] = []
         default = 0.0
         for tuning in [None, *DECODE_TUNING]:
             launches = layer.attention(**(decode_tuning(*tuning) if tuning else {}))[1:]
             for splits in sorted({1, max(chosen // 2, 1), chosen, chosen * 2}) if tuning else [chosen]:
-                sizes = step.sizes | {"S": splits}
-                spent = microseconds(calls_of(step, launches, sizes))
+                spent = microseconds(load.calls(launches, S=splits))
                 default = default or spent
                 if tuning:
                     found.append((spent, f"{tuning} S={splits}"))
@@ -211,13 +227,12 @@ def time_decode(rows: list[str]) -> None:
 def time_prefill(rows: list[str]) -> None:
     for pool, (name, (counts, lengths)) in itertools.product(("bfloat16", FP8), PREFILL.items()):
         layer = Layer(pool=pool)
-        step = step_of(layer, counts, lengths)
-        pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in zip(counts, lengths, strict=True))
-        work = 4 * layer.heads * layer.size * pairs
+        load = prefill_load(layer, counts, lengths)
+        work = load.flops
         found: list[tuple[float, str]] = []
         for tuning in [None, *PREFILL_TUNING]:
             launches = layer.attention(**(prefill_tuning(*tuning) if tuning else {}))[:1]
-            found.append((microseconds(calls_of(step, launches, step.sizes), 10), str(tuning)))
+            found.append((microseconds(load.calls(launches), 10), str(tuning)))
         default = found.pop(0)[0]
         found.sort()
         for spent, text in found:
@@ -233,15 +248,12 @@ def time_rotary(rows: list[str]) -> None:
     cases = [("ZooRotaryCache", "bfloat16"), ("ZooRotaryCache", FP8), ("ZooRotaryCacheNorm", FP8), ("ZooCacheWrite", "bfloat16")]
     for (kind, pool), tokens in itertools.product(cases, (1, 64, 8192)):
         layer = Layer(pool=pool)
-        given = [rotary_inputs(layer, tokens, 1024) for _ in range(4 if tokens > 64 else 1)]
-        width = layer.heads + 2 * layer.kv_heads
-        stored = 2 * layer.kv_heads * torch.finfo(TYPES[pool]).bits // 8
-        size = tokens * layer.size * (2 * width + 2 * layer.heads + stored)
+        load = rotary_load(layer, tokens)
+        size = load.moved
         found = []
         for tuning in [None, *ROTARY_TUNING]:
             launches = layer.rotary_cache(kind, **(rotary_tuning(*tuning) if tuning else {}))
-            calls = [partial(carry_out, launches, one, {"T": tokens}) for one in given]
-            found.append((microseconds(calls), str(tuning)))
+            found.append((microseconds(load.calls(launches)), str(tuning)))
         default = found.pop(0)[0]
         best, how = min(found)
         rows.append(
@@ -252,7 +264,7 @@ def time_rotary(rows: list[str]) -> None:
 
 def kernels_to_check() -> list[object]:
     found = [one for layer in LAYERS.values() for one in layer.attention()]
-    for kind, pool in itertools.product(("ZooRotaryCache", "ZooRotaryCacheNorm", "ZooCacheWrite"), ("bfloat16", FP8)):
+    for kind, pool in itertools.product(ROTARY_KINDS, ("bfloat16", FP8)):
         found += Layer(pool=pool).rotary_cache(kind)
     return found
 
@@ -266,7 +278,7 @@ def kernels_to_time() -> list[object]:
         for choice in PREFILL_TUNING:
             found += layer.attention(**prefill_tuning(*choice))[:1]
         for choice in ROTARY_TUNING:
-            for kind in ("ZooRotaryCache", "ZooRotaryCacheNorm", "ZooCacheWrite"):
+            for kind in ROTARY_KINDS:
                 found += layer.rotary_cache(kind, **rotary_tuning(*choice))
     return found
 

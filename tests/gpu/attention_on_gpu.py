@@ -1,4 +1,5 @@
-"""What ``attention_bench.py`` stands on: kernels compiled as the ``cuda`` compiler does it, launches, batches, a reference.
+"""What ``attention_bench.py`` and its neighbours stand on: kernels compiled as the ``cuda`` compiler does it, launches, timing;
+and for attention batches and a reference.
 
 Needs torch and triton on the GPU's machine, nothing else: packages of ``zoo`` are entered without their ``__init__.py``.
 
@@ -8,26 +9,15 @@ Shape legend: T tokens, B sequences, P blocks, H heads, K key/value heads, D hea
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import statistics
-import sys
-import time
-import types
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-for package in ("zoo", "zoo.plugins", "zoo.plugins.fp8_gemm", "zoo.plugins.cached_attention", "zoo.plugins.rotary_cache"):
-    # their __init__.py would import onnx
-    stub = types.ModuleType(package)
-    stub.__path__ = [str(ROOT.joinpath(*package.split(".")))]
-    sys.modules.setdefault(package, stub)
+from gpu_tools import Compiled, compile_all, triton_kernel
 
 attention = importlib.import_module("zoo.plugins.cached_attention.cuda")
 rotary = importlib.import_module("zoo.plugins.rotary_cache.cuda")
@@ -51,40 +41,17 @@ Tensors = dict[str, torch.Tensor]
 # ---------------------------------------------------------------------------------------------------- compiling, launching
 
 
-def compiled(kernel: Any) -> Any:
-    """A kernel as the cuda compiler makes it: only pointers are known to be aligned."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    module, _, function = kernel.source.partition(":")
-    jit = getattr(importlib.import_module(module), function)
-    types_, constants = dict(kernel.args), dict(kernel.constants)
-    source = triton.compiler.ASTSource(
-        fn=jit,
-        signature={name: types_.get(name, "constexpr") for name in jit.arg_names},
-        constexprs={(place,): constants[name] for place, name in enumerate(jit.arg_names) if name in constants},
-        attrs={(n,): [["tt.divisibility", 16]] for n, name in enumerate(jit.arg_names) if types_.get(name, "")[:1] == "*"},
-    )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def into_cache(kernel: Any) -> float:
-    """Compile in a process of its own: what stays is the file in Triton's cache."""
-    start = time.perf_counter()
-    compiled(kernel)
-    return time.perf_counter() - start
-
-
-KERNELS: dict[str, Any] = {}
+KERNELS: dict[str, Any] = {}  # by name, as Triton launches them
+COMPILED: dict[Any, Compiled] = {}  # the same, as the driver takes them
 
 
 def prepare(launches: Iterable[Any]) -> None:
     """Compile what is not there yet, on all cores."""
     missing = {one.kernel.name: one.kernel for one in launches if one.kernel.name not in KERNELS}
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(into_cache, missing.values()))
-    KERNELS.update({name: compiled(kernel) for name, kernel in missing.items()})
+    if missing:
+        made = compile_all(list(missing.values()))
+        KERNELS.update({name: triton_kernel(kernel) for name, kernel in missing.items()})  # from Triton's cache
+        COMPILED.update(made)
 
 
 def carry_out(launches: Iterable[Any], tensors: Tensors, sizes: dict[str, int]) -> None:
@@ -126,6 +93,22 @@ def microseconds(calls: Sequence[Callable[[], None]], least: int = 20) -> float:
     return statistics.median(times[2:]) * 1e3 / (repeats * len(calls))
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a kernel is timed on: operands of one call after the other, the sizes of the step, the bytes that must be moved at
+    least, and the work. Scratch belongs to the first set, and all share it."""
+
+    sets: list[Tensors]
+    sizes: dict[str, int]
+    moved: int
+    flops: int = 0
+
+    def calls(self, launches: Iterable[Any], **sizes: int) -> list[Callable[[], None]]:
+        """The launches on each set, with other sizes where they are given."""
+        carry_out(launches, self.sets[0], self.sizes | sizes)  # makes the scratch
+        return [partial(carry_out, launches, self.sets[0] | one, self.sizes | sizes) for one in self.sets]
+
+
 # ---------------------------------------------------------------------------------------------------- nodes and batches
 
 
@@ -143,7 +126,7 @@ class Layer:
     window: int = 0
     softcap: float = 0.0
 
-    def attention(self, **tuning: int) -> list[Any]:
+    def attention(self, **tuning: Any) -> list[Any]:
         op = "ZooCachedAttention" + "Fp8" * (self.pool == "float8e4m3") + "Out8" * (self.out == "float8e4m3")
         width = self.heads * self.size
         inputs = [
@@ -159,7 +142,7 @@ class Layer:
         attrs = self._attrs() | {"scale": self.size**-0.5, "window": self.window, "softcap": self.softcap}
         return list(attention.lower(_node(op, attrs, inputs, [("out", self.out, (1, "T", width))], tuning)))
 
-    def rotary_cache(self, kind: str, **tuning: int) -> list[Any]:
+    def rotary_cache(self, kind: str, **tuning: Any) -> list[Any]:
         op = kind + "Fp8" * (self.pool == "float8e4m3")
         table = (4096, self.size // 2)
         shapes = {
@@ -187,7 +170,7 @@ class Layer:
         }
 
 
-def _node(op: str, attrs: dict[str, Any], inputs: list[Any], outputs: list[Any], tuning: dict[str, int]) -> Any:
+def _node(op: str, attrs: dict[str, Any], inputs: list[Any], outputs: list[Any], tuning: dict[str, Any]) -> Any:
     refs = [tuple(seam.TensorRef(*one) for one in ports) for ports in (inputs, outputs)]
     return seam.CudaNode(op, op, attrs, *refs, 90, {}, tuning)
 

@@ -19,10 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-if "zoo.plugins" not in sys.modules:
-    bare = types.ModuleType("zoo.plugins")
-    bare.__path__ = [str(ROOT / "zoo" / "plugins")]
-    sys.modules["zoo.plugins"] = bare
+# Rooms whose __init__ needs onnx; of them, scripts take ``cuda`` and ``kernels`` alone.
+ROOMS = ("cached_attention", "fp8_gemm", "gated_activation", "rms_norm", "rotary_cache")
+for room in ("zoo.plugins", *(f"zoo.plugins.{name}" for name in ROOMS)):
+    if room not in sys.modules:
+        sys.modules[room] = bare = types.ModuleType(room)
+        bare.__path__ = [str(ROOT.joinpath(*room.split(".")))]
 
 from zoo.plugins.kernels import Kernel  # noqa: E402
 from zoo.runtime.cuda.driver import Device  # noqa: E402
@@ -39,8 +41,8 @@ class Compiled:
     parameters: int  # of its PTX, hidden ones included
 
 
-def compile_kernel(kernel: Kernel, sm: int = 90) -> Compiled:
-    """One cubin, as ``zoo.compilers.cuda.aot`` makes it."""
+def triton_kernel(kernel: Kernel, sm: int = 90) -> Any:
+    """Triton's own object of a kernel, compiled as ``zoo.compilers.cuda.aot`` does it: only pointers are known to be aligned."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,13 +61,18 @@ def compile_kernel(kernel: Kernel, sm: int = 90) -> Compiled:
         },
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def compile_kernel(kernel: Kernel, sm: int = 90) -> Compiled:
+    """One cubin."""
+    made = triton_kernel(kernel, sm)
     head = made.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
     return Compiled(made.asm["cubin"], made.metadata.name, made.metadata.num_warps, made.metadata.shared, head.count(".param"))
 
 
 def compile_all(kernels: Sequence[Kernel]) -> dict[Kernel, Compiled]:
-    """All of them, in processes of their own, so that this one holds no triton."""
+    """All of them, in processes of their own, so that this one holds no triton. They stay in a cache of Triton's, too."""
     distinct = list(dict.fromkeys(kernels))
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
     workers = max(1, min(len(os.sched_getaffinity(0)) - 1, len(distinct), 15))
