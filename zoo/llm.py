@@ -230,7 +230,7 @@ class LLM:
                     self.engine.add_request(name, ids, params)
                     self._inboxes[name] = inbox
             left = len(requests)
-            while left:
+            while left > 0:
                 with self._lock:
                     if not inbox:
                         self._need_open()
@@ -249,14 +249,14 @@ class LLM:
         try:
             for piece in self.engine.step():
                 self._inboxes[piece.request_id].append(piece)
+                if piece.finished:  # what goes wrong later is not this request's
+                    del self._inboxes[piece.request_id]
         except BaseException as error:
             # A bug or an interrupt (what a session raises comes as pieces). The requests of that step are gone: other
             # callers learn it from their inboxes, this one from the error.
-            for name, inbox in self._inboxes.items():
-                if name not in self.engine.scheduler:
-                    inbox.append(
-                        Piece(name, "", [], finish_reason="error", error=f"request {name!r}: the engine failed: {error}")
-                    )
+            for name in [name for name in self._inboxes if name not in self.engine.scheduler]:
+                failed = f"request {name!r}: the engine failed: {error}"
+                self._inboxes.pop(name).append(Piece(name, "", [], finish_reason="error", error=failed))
             raise
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:

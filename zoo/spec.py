@@ -169,8 +169,12 @@ class ModelSpec:
                 f"{where}: num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
                 "every key/value head serves the same number of query heads"
             )
-        if self.position == "rope" and (self.head_dim % 2 or int(self.head_dim * self.rope.fraction) % 2):
-            raise ConfigError(f"{where}: rotary positions need an even head_dim (here {self.head_dim})")
+        rotated = int(self.head_dim * self.rope.fraction)
+        if self.position == "rope" and (self.head_dim % 2 or rotated % 2 or rotated < 2):
+            raise ConfigError(
+                f"{where}: rotary positions need an even head_dim (here {self.head_dim}), of which rope.fraction "
+                f"({self.rope.fraction}) rotates an even number, at least 2 (here {rotated})"
+            )
 
     @property
     def scale(self) -> float:
@@ -218,7 +222,7 @@ class HardwareSpec:
     power: float = 0.0
     price: float = 0.0
     price_date: str = ""
-    tuning: dict[str, Any] = field(default_factory=dict)  # choices of kernels, measured by `zoo tune`; docs/performance.md
+    tuning: dict[str, Any] = field(default_factory=dict)  # choices of kernels, measured by `zoo tune`; docs/cuda.md
     limits: dict[str, int] = field(default_factory=dict)  # of an engine of our own kernels, where the config says nothing
 
     def __post_init__(self) -> None:

@@ -138,3 +138,12 @@ def test_a_full_standard_output_is_no_traceback(home: Path) -> None:
         env = {**os.environ, "ZOO_HOME": str(home)}
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, check=False)
     assert done.returncode == 1 and done.stderr.startswith("zoo: No space left") and "Traceback" not in done.stderr
+
+
+def test_a_sweep_is_every_engine_that_differs_in_anything_and_each_once() -> None:
+    from zoo.commands.engines import compose_all
+
+    assert [spec.threads for spec in compose_all(["hardware=cpu", "threads=1,2"], True)] == [1, 2]
+    assert len(compose_all(["hardware=cpu", "threads=1", "+", "threads=1"], True)) == 1
+    skipped = compose_all(["quant=fp8", "quant.skip=[lm_head],[o]"], True)
+    assert [spec.quant.skip for spec in skipped] == [("lm_head",), ("o",)]

@@ -381,7 +381,14 @@ def test_wrong_values_of_an_override(override: str, message: str) -> None:
 # Bad input: combinations
 
 
+def test_fused_roles_may_be_skipped_by_their_own_name() -> None:
+    assert compose(["quant=fp8", "quant.skip=[qkv,gate_up]"]).quant.skip == ("qkv", "gate_up")
+
+
 def test_combinations_that_cannot_be() -> None:
+    refuse(["model.rope.fraction=0.02"], "rope.fraction (0.02) rotates an even number, at least 2 (here 1)")
+    refuse(["models=qwen3-8b", "model.rope.fraction=0.005"], "at least 2 (here 0)")
+    refuse(["models=llama-3.1-70b", "hardware=h100-sxm", "model.max_positions=1048576"], "lower limits.max_context")
     refuse(["quant=fp8", "hardware=a100-80g"], "quant 'fp8' cannot run on hardware 'a100-80g' (SM 8.0): it runs none",
            "choose quant=none, or hardware that runs fp8: cpu, h100-sxm, h200-sxm, l40s, rtx-4090, rtx-5090")  # fmt: skip
     refuse(["compiler=tensorrt_rtx"], "compiler 'tensorrt_rtx' for hardware 'cpu'", "pick one of onnxruntime")

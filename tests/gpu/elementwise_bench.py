@@ -2,7 +2,7 @@
 
     python tests/gpu/elementwise_bench.py
 
-Kernels and their launches are those that the ``cuda`` compiler writes, compiled just in time here. Correctness: fresh random
+Kernels and their launches are those that the ``cuda`` compiler writes, compiled as it does it. Correctness: fresh random
 inputs, outputs full of NaN, float64 as the judge, every launch with a row behind its output that must stay NaN. Speed: the
 median of launches in a CUDA graph over inputs that together exceed the L2 cache, and of single launches after a flush of it;
 bytes are what a launch must read and write once. The first line is torch's own copy, which is the bandwidth to compare with.
@@ -12,21 +12,21 @@ T rows, E hidden, F intermediate.
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
 import math
-import sys
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from attention_on_gpu import Load, carry_out, prepare
 
-ROOT = Path(__file__).parents[2]
-ROOMS = ("rms_norm", "gated_activation", "fp8_gemm", "standard")
+from zoo.plugins.fp8_gemm import cuda as fp8_gemm
+from zoo.plugins.gated_activation import cuda as gated_activation
+from zoo.plugins.kernels import CudaNode, Launch, TensorRef
+from zoo.plugins.rms_norm import cuda as rms_norm
+from zoo.plugins.standard.cuda import STANDARD
+
 HIDDEN, INNER, SCALE, EPSILON = 4096, 14336, 0.0123, 1e-5
 ROWS = (1, 16, 64, 512, 8192)
 L2 = 160 << 20  # bytes of inputs to rotate through: three times an H100's cache
@@ -39,23 +39,6 @@ TORCH = {
 }
 HALF_ULP = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
 
-
-def load_packages() -> None:
-    """Put packages without contents in the place of those whose ``__init__`` needs onnx, so that their modules import."""
-    for name in ("zoo", "zoo.plugins", *(f"zoo.plugins.{room}" for room in ROOMS)):
-        package = types.ModuleType(name)
-        package.__path__ = [str(ROOT / name.replace(".", "/"))]
-        package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        sys.modules[name] = package
-    vars(sys.modules["zoo.plugins.gated_activation"]).update(SILU=0, GELU=1, GELU_TANH=2, RELU=3)
-
-
-load_packages()
-from zoo.plugins.fp8_gemm import cuda as fp8_gemm  # noqa: E402
-from zoo.plugins.gated_activation import cuda as gated_activation  # noqa: E402
-from zoo.plugins.kernels import CudaNode, Launch, Size, TensorRef  # noqa: E402
-from zoo.plugins.rms_norm import cuda as rms_norm  # noqa: E402
-from zoo.plugins.standard.cuda import STANDARD  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,9 +56,9 @@ class Op:
     wanted: Callable[[Tensors], Tensors]  # in float64; float8 outputs before their rounding
     op: str
 
-    def launches(self) -> list[Launch]:
+    def launches(self, tuning: Mapping[str, Any] | None = None) -> list[Launch]:
         refs = [[TensorRef(n, d, s) for n, (d, s) in ports.items()] for ports in (self.inputs, self.outputs)]
-        return self.lower(CudaNode(self.op, self.label, self.attrs, tuple(refs[0]), tuple(refs[1]), 90, {}))
+        return self.lower(CudaNode(self.op, self.label, self.attrs, tuple(refs[0]), tuple(refs[1]), 90, {}, tuning or {}))
 
     def given(self, rows: int) -> Tensors:
         return {name: self._random(name, *port, rows) for name, port in self.inputs.items()}
@@ -88,6 +71,13 @@ class Op:
         read = {name: port for name, port in self.inputs.items() if name != "table"}
         ports = [*read.values(), *self.outputs.values(), *(self.outputs.values() if "table" in self.inputs else ())]
         return sum(math.prod(_at(shape, rows)) * TORCH[dtype].itemsize for dtype, shape in ports)
+
+    def load(self, rows: int) -> Load:
+        """Inputs and outputs that together exceed the L2 cache; weights and scales are shared, as the rows of a step do."""
+        size, shared = self.bytes(rows), self.given(1)
+        fixed = {n: shared[n] for n, (_, shape) in self.inputs.items() if not any(isinstance(s, str) for s in shape)}
+        sets = [self.given(rows) | self.made(rows) | fixed for _ in range(max(2, min(64, L2 // size)))]
+        return Load(sets, {"T": rows}, size)
 
     def _random(self, name: str, dtype: str, shape: tuple[int | str, ...], rows: int) -> torch.Tensor:
         if name.endswith("scale"):
@@ -181,24 +171,15 @@ def ops(e: int, f: int, dtype: str) -> list[Op]:
     ]
 
 
-def launch(launches: Sequence[Launch], tensors: Tensors, rows: int) -> None:
-    for one in launches:
-        module, _, function = one.kernel.source.partition(":")
-        kernel = getattr(importlib.import_module(module), function)
-        args = [tensors[a] if isinstance(a, str) else a.at({"T": rows}) if isinstance(a, Size) else a for a in one.args]
-        grid = tuple(size.at({"T": rows}) for size in one.grid)
-        kernel[grid](*args, **dict(one.kernel.constants), num_warps=one.kernel.num_warps, num_stages=one.kernel.num_stages)
-
-
 def round8(x: torch.Tensor) -> torch.Tensor:
     """Nearest even, saturating, as float64; divided in float32 as QuantizeLinear does."""
     return (x.float() / torch.tensor(SCALE, device=x.device)).clamp(-448, 448).to(torch.float8_e4m3fn).double()
 
 
-def check(op: Op, rows: int, dtype: str) -> str:
+def check(op: Op, rows: int, tuning: Mapping[str, Any] | None = None) -> str:
     """What is wrong with a kernel's outputs; "" if nothing is."""
     given, made = op.given(rows), op.made(rows + 1)
-    launch(op.launches(), given | made, rows)
+    carry_out(op.launches(tuning), given | made, {"T": rows})
     wanted = op.wanted({n: t.double() if t.is_floating_point() else t for n, t in given.items()})
     for name, (kind, _) in op.outputs.items():
         got, behind = made[name][:, :rows].double(), made[name][:, rows:].float()
@@ -220,10 +201,11 @@ def check(op: Op, rows: int, dtype: str) -> str:
 def check_all() -> int:
     wrong = 0
     shapes = [(HIDDEN, INNER, "bfloat16"), (777, 1001, "float16"), (128, 192, "bfloat16"), (28672, 2048, "float32")]
+    prepare(one for shape in shapes for op in ops(*shape) for one in op.launches())
     for e, f, dtype in shapes:
         for op in ops(e, f, dtype):
             for rows in (1, 37) if e == HIDDEN else (37,):
-                if reason := check(op, rows, dtype):
+                if reason := check(op, rows):
                     wrong += 1
                     print(f"WRONG {op.label} {dtype} E={e} F={f} T={rows}: {reason}")
     print(f"correctness: {'all right' if not wrong else f'{wrong} wrong'}")
@@ -267,14 +249,11 @@ def speed() -> None:
         target = [torch.empty_like(x) for x in source]
         report("torch copy", rows, size, lambda n, t=target, x=source: t[n].copy_(x[n]), sets)
     for op in ops(HIDDEN, INNER, "bfloat16"):
-        launches, shared = op.launches(), op.given(1)
         for rows in ROWS:
-            size = op.bytes(rows)
-            sets = max(2, min(64, L2 // size))
-            fixed = {n: shared[n] for n, (_, shape) in op.inputs.items() if not any(isinstance(s, str) for s in shape)}
-            given = [{n: t for n, t in op.given(rows).items() if n not in fixed} | op.made(rows) for _ in range(sets)]
-            report(op.label, rows, size, lambda n, g=given, f=fixed, k=launches, r=rows: launch(k, g[n] | f, r), sets)
-            del given
+            load = op.load(rows)
+            calls = load.calls(op.launches())
+            report(op.label, rows, load.moved, lambda n, calls=calls: calls[n](), len(calls))
+            del load, calls
 
 
 if __name__ == "__main__":

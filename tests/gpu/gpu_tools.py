@@ -25,6 +25,8 @@ for room in ("zoo.plugins", *(f"zoo.plugins.{name}" for name in ROOMS)):
     if room not in sys.modules:
         sys.modules[room] = bare = types.ModuleType(room)
         bare.__path__ = [str(ROOT.joinpath(*room.split(".")))]
+        if room.endswith(".gated_activation"):
+            vars(bare).update(SILU=0, GELU=1, GELU_TANH=2, RELU=3)
 
 from zoo.plugins.kernels import Kernel  # noqa: E402
 from zoo.runtime.cuda.driver import Device  # noqa: E402

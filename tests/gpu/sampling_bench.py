@@ -2,36 +2,37 @@
 
     python tests/gpu/sampling_bench.py [--quick]
 
-Needs torch with CUDA, triton and numpy. Modules are loaded without their packages, which need more than that.
+Needs torch with CUDA, triton and numpy.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-import types
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from attention_on_gpu import Load, carry_out, prepare
 
-ROOT = Path(__file__).resolve().parents[2]
-for package in ("zoo", "zoo.plugins", "zoo.runtime"):  # without their __init__.py
-    module = types.ModuleType(package)
-    module.__path__ = [str(ROOT / package.replace(".", "/"))]
-    sys.modules[package] = module
-
-from zoo.plugins.kernels import Launch, Size  # noqa: E402
-from zoo.plugins.sampling import cuda  # noqa: E402
-from zoo.runtime.abi import SAMPLING  # noqa: E402
-from zoo.runtime.request import SamplingParams  # noqa: E402
-from zoo.runtime.sampler import candidates  # noqa: E402
+from zoo.plugins.sampling import cuda
+from zoo.runtime.abi import SAMPLING
+from zoo.runtime.request import SamplingParams
+from zoo.runtime.sampler import candidates
 
 VOCAB = 128256
+DRAWN = 5000  # vocabulary of the distributions that are checked
+GREEDY = ((1, VOCAB), (64, VOCAB), (1024, 1000), (3, 50257), (5, 262144))  # rows, vocabulary
 REPEATS = 50
+# name, launches, parameters, spread of the logits
+CASES: tuple[tuple[str, str, dict[str, Any], float], ...] = (
+    ("greedy", "greedy", {"temperature": 0.0}, 2.5),
+    ("temperature only", "sample", {}, 2.5),
+    ("top_k 50, top_p 0.9", "sample", {"top_k": 50, "top_p": 0.9}, 2.5),
+    ("top_p 0.9, steep rows", "sample", {"top_p": 0.9}, 8.0),
+    ("top_p 0.9, flat rows", "sample", {"top_p": 0.9}, 1.0),
+    ("min_p 0.05", "sample", {"min_p": 0.05}, 2.5),
+)
 
 
 class Rows:
@@ -51,19 +52,8 @@ class Rows:
             self.tensors[name] = torch.zeros(size // 4, dtype=kind, device="cuda")
 
     def run(self, kind: str) -> torch.Tensor:
-        for launch in cuda.launches(self.vocab)[kind]:
-            start(launch, self.tensors, {"R": self.rows})
+        carry_out(cuda.launches(self.vocab)[kind], self.tensors, {"R": self.rows})
         return self.tensors["sampled"]
-
-
-def start(launch: Launch, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> None:
-    """One launch, through Triton's own launcher."""
-    path, _, function = launch.kernel.source.partition(":")
-    kernel = getattr(importlib.import_module(path), function)
-    given = [tensors[arg] if isinstance(arg, str) else arg.at(sizes) if isinstance(arg, Size) else arg for arg in launch.args]
-    grid = tuple(side.at(sizes) for side in launch.grid)
-    options = {"num_warps": launch.kernel.num_warps, "num_stages": launch.kernel.num_stages}
-    kernel[grid](*given, **dict(launch.kernel.constants), **options)
 
 
 def normal(rows: int, vocab: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -71,8 +61,13 @@ def normal(rows: int, vocab: int, spread: float, seed: int = 0) -> torch.Tensor:
     return spread * torch.randn(rows, vocab, generator=generator, device="cuda")
 
 
-def check_greedy() -> None:
-    for rows, vocab in ((1, VOCAB), (64, VOCAB), (1024, 1000), (3, 50257), (5, 262144)):
+def load(rows: int, params: dict[str, Any], spread: float) -> Load:
+    """Moved is one reading of the logits."""
+    return Load([Rows(normal(rows, VOCAB, spread), params).tensors], {"R": rows}, 4 * rows * VOCAB)
+
+
+def check_greedy(shapes: Sequence[tuple[int, int]] = GREEDY) -> None:
+    for rows, vocab in shapes:
         logits = normal(rows, vocab, 3.0)
         logits[0, : vocab // 2] = logits[0].max()  # the lowest id of many equals
         expected = logits.cpu().numpy().argmax(axis=1)
@@ -87,10 +82,10 @@ def check_greedy() -> None:
     print("greedy: right")
 
 
-def check_candidates() -> None:
+def check_candidates(rows: int = 24) -> None:
     """Every token is one that the numpy sampler may draw, with the least slack for sums in another order."""
     for spread in (0.05, 1.0, 4.0):
-        logits = normal(24, VOCAB, spread, seed=3)
+        logits = normal(rows, VOCAB, spread, seed=3)
         host = logits.cpu().numpy()
         for params in (
             {"top_k": 1},
@@ -115,7 +110,7 @@ def check_candidates() -> None:
 
 def check_distribution() -> None:
     """Chi-square of 16384 draws, and the same draws whatever the batch."""
-    vocab, draws = 5000, 16384
+    vocab, draws = DRAWN, 16384
     row = normal(1, vocab, 2.0, seed=5)
     logits = row.repeat(draws, 1)
     for params in ({}, {"temperature": 0.5}, {"top_k": 40}, {"top_p": 0.8}, {"top_k": 100, "top_p": 0.9}, {"min_p": 0.02}):
@@ -136,8 +131,7 @@ def check_distribution() -> None:
 def check_resolve() -> None:
     ids = torch.tensor([5, -1, -3, 0, -2] * 500, dtype=torch.int32, device="cuda")
     sampled = torch.tensor([11, -1, 13], dtype=torch.int32, device="cuda")
-    [launch] = cuda.launches(VOCAB)["resolve"]
-    start(launch, {"token_ids": ids, "sampled": sampled}, {"T": len(ids)})
+    carry_out(cuda.launches(VOCAB)["resolve"], {"token_ids": ids, "sampled": sampled}, {"T": len(ids)})
     assert ids.tolist() == [5, 11, 13, 0, 0] * 500
     print("resolve: right")
 
@@ -162,16 +156,8 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 def bench() -> None:
     print(f"microseconds, V={VOCAB}; logits are normal, times 2.5; one reading of 1024 rows at 4.3 TB/s: 122")
-    cases: list[tuple[str, str, dict[str, Any], float]] = [
-        ("greedy", "greedy", {"temperature": 0.0}, 2.5),
-        ("temperature only", "sample", {}, 2.5),
-        ("top_k 50, top_p 0.9", "sample", {"top_k": 50, "top_p": 0.9}, 2.5),
-        ("top_p 0.9, steep rows", "sample", {"top_p": 0.9}, 8.0),
-        ("top_p 0.9, flat rows", "sample", {"top_p": 0.9}, 1.0),
-        ("min_p 0.05", "sample", {"min_p": 0.05}, 2.5),
-    ]
     print(f"{'':24}" + "".join(f"{f'R={rows}':>10}" for rows in (1, 64, 1024)))
-    for name, kind, params, spread in cases:
+    for name, kind, params, spread in CASES:
         times = []
         for rows in (1, 64, 1024):
             step = Rows(normal(rows, VOCAB, spread), params)
@@ -194,6 +180,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only check")
     quick = parser.parse_args().quick
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    vocabularies = {DRAWN, *(vocab for _, vocab in GREEDY)}
+    prepare(one for vocab in vocabularies for launches in cuda.launches(vocab).values() for one in launches)
     check_greedy()
     check_candidates()
     check_distribution()

@@ -15,7 +15,7 @@ import torch
 from gpu_tools import Compiled, compile_all, peak, seconds, table
 
 from zoo.plugins.kernels import Launch, Scratch, Size, TensorRef
-from zoo.plugins.skinny_gemm.cuda import MULTIPROCESSORS, Tiling, counters_for, launches, tiling
+from zoo.plugins.skinny_gemm.cuda import COUNTERS, MULTIPROCESSORS, Tiling, counters_for, launches, tiling
 from zoo.runtime.cuda.arguments import Arguments
 from zoo.runtime.cuda.driver import Device
 
@@ -35,6 +35,7 @@ MANY = ((128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (
 WAVES = (1.5, 2, 3, 4)  # programs for each multiprocessor that K is split for
 LIMITS = {"float8e4m3": 2**-8 + 2e-3, "bfloat16": 1e-5}  # of the largest value; y is bfloat16 and float32
 CUDA = "cuda"
+KINDS = {"bfloat16": torch.bfloat16, "float8e4m3": getattr(torch, "float8_e4m3fn")}  # noqa: B009
 
 
 def sweep(m: int, n: int, k: int, dtype: str) -> list[Tiling]:
@@ -107,6 +108,79 @@ def ready(
     return Ready(calls, tensors["y"])
 
 
+@dataclass
+class Product:
+    """Operands, several copies of the weights, and what float32 says of the first."""
+
+    tensors: dict[str, torch.Tensor]
+    weights: list[torch.Tensor]
+    wanted: torch.Tensor
+    limit: float
+
+
+def random_weights(n: int, k: int, dtype: str) -> list[torch.Tensor]:
+    """More than any cache holds."""
+    item = 2 if dtype == "bfloat16" else 1
+    generator = torch.Generator(CUDA).manual_seed(n + k)
+    copies = max(2, min(16, -(-COLD // (n * k * item))))
+    return [torch.randn(n, k, device=CUDA, generator=generator).to(KINDS[dtype]) for _ in range(copies)]
+
+
+def product(m: int, weights: list[torch.Tensor], dtype: str, deferred: bool = False) -> Product:
+    """x [M, K] and scales; a deferred product is not multiplied by those of w."""
+    n, k = weights[0].shape
+    generator = torch.Generator(CUDA).manual_seed(n + k + m)
+    x = torch.randn(m, k, device=CUDA, generator=generator).to(KINDS[dtype])
+    ws, xs = torch.rand(n, device=CUDA, generator=generator) + 0.5, torch.tensor(0.7, device=CUDA)
+    wanted = x.float() @ weights[0].float().t()
+    if dtype != "bfloat16":
+        wanted = wanted * xs * (1 if deferred else ws)
+    return Product({"x": x, "xs": xs, "ws": ws}, weights, wanted, LIMITS[dtype])
+
+
+def measured(
+    device: Device, stream: int, made: list[Launch], functions: Mapping[Any, tuple[int, Compiled]], given: Product, counters: int
+) -> tuple[float, float, float]:
+    """Seconds of launches that wait for each other and of those that overlap, and the error as a part of the largest value.
+
+    Asserted are the error, the same bits twice, and that counters are left at zero.
+    """
+    scratch = max((arg.size.at({}) for one in made for arg in one.args if isinstance(arg, Scratch)), default=0)
+    zeros = torch.zeros(max(counters, 1), dtype=torch.int32, device=CUDA)
+    y = torch.float32 if given.tensors["x"].dtype == torch.bfloat16 else torch.bfloat16
+    tensors = given.tensors | {
+        "y": torch.full(given.wanted.shape, float("nan"), device=CUDA, dtype=y),
+        "scratch": torch.full((scratch // 4,), float("nan"), device=CUDA),
+        "zeros": zeros,
+        COUNTERS: zeros,
+    }
+    copies = len(given.weights)
+    queue = ready(device, stream, made, functions, tensors, given.weights)
+    torch.cuda.synchronize()
+    for call in queue.calls[: len(made)]:
+        call(False)
+    device.wait(stream)
+    wrong = float((queue.y.float() - given.wanted).abs().max() / given.wanted.abs().max())
+    assert wrong < given.limit, f"{made[0].kernel}: error {wrong:.1e} of the largest value"
+    first = queue.y.clone()
+    torch.cuda.synchronize()
+    alone, spent = (seconds(device, stream, partial(one_by_one, queue.calls, way), copies) for way in (False, True))
+    for call in queue.calls[: len(made)]:
+        call(True)
+    device.wait(stream)
+    assert torch.equal(first, queue.y), f"{made[0].kernel}: not the same twice"
+    assert not zeros.any(), f"{made[0].kernel}: counters are left behind"
+    return alone, spent, wrong
+
+
+def loaded(device: Device, compiled: Mapping[Any, Compiled]) -> dict[Any, tuple[int, Compiled]]:
+    """Kernels on the GPU."""
+    return {
+        kernel: (device.function(device.load(made.cubin, made.entry), made.entry, made.shared), made)
+        for kernel, made in compiled.items()
+    }
+
+
 def one_by_one(calls: list[Callable[[bool], None]], overlap: bool) -> None:
     for place, call in enumerate(calls):
         call(overlap and place > 0)
@@ -121,56 +195,22 @@ def skinny(device: Device, stream: int) -> list[Callable[[], Any]]:
         for way in ways(m, n, k, dtype, tiles)
         for one in plan(n, k, dtype, tiles, way)
     ]
-    compiled = compile_all(kernels)
-    functions = {
-        kernel: (device.function(device.load(made.cubin, made.entry), made.entry, made.shared), made)
-        for kernel, made in compiled.items()
-    }
+    functions = loaded(device, compile_all(kernels))
     most = peak(device)
     rows: list[tuple[Any, ...]] = []
     details: list[tuple[Any, ...]] = []
     for n, k, dtype in SHAPES:
-        kind = torch.bfloat16 if dtype == "bfloat16" else getattr(torch, "float8_e4m3fn")  # noqa: B009
-        item = 2 if dtype == "bfloat16" else 1
-        generator = torch.Generator(CUDA).manual_seed(n + k)
-        copies = max(2, min(16, -(-COLD // (n * k * item))))
-        weights = [torch.randn(n, k, device=CUDA, generator=generator).to(kind) for _ in range(copies)]
-        ws, xs = torch.rand(n, device=CUDA, generator=generator) + 0.5, torch.tensor(0.7, device=CUDA)
+        weights = random_weights(n, k, dtype)
         for m in ROWS:
-            x = torch.randn(m, k, device=CUDA, generator=generator).to(kind)
-            wanted = x.float() @ weights[0].float().t()
-            wanted = wanted if dtype == "bfloat16" else wanted * ws * xs
+            given = product(m, weights, dtype)
             timings = []
             for tiles in (one[4] for one in todo if one[:4] == (m, n, k, dtype)):
                 for counted in ways(m, n, k, dtype, tiles):
-                    tensors = {
-                        "x": x, "xs": xs, "ws": ws,
-                        "y": torch.full(wanted.shape, float("nan"), device=CUDA,
-                                        dtype=torch.float32 if dtype == "bfloat16" else torch.bfloat16),
-                        "scratch": torch.full((tiles.splits * tiles.block_m * n,), float("nan"), device=CUDA),
-                        "zeros": torch.zeros(counters_for(n, tiles), dtype=torch.int32, device=CUDA),
-                    }  # fmt: skip
-                    made = ready(device, stream, plan(n, k, dtype, tiles, counted), functions, tensors, weights)
-                    each = len(made.calls) // copies
-                    torch.cuda.synchronize()
-                    for call in made.calls[:each]:
-                        call(False)
-                    device.wait(stream)
-                    wrong = float((made.y.float() - wanted).abs().max() / wanted.abs().max())
-                    assert wrong < LIMITS[dtype], f"M {m}, {n}x{k} {dtype}, {tiles}: error {wrong:.1e} of the largest value"
-                    first = made.y.clone()
-                    torch.cuda.synchronize()
-                    alone, spent = (
-                        seconds(device, stream, partial(one_by_one, made.calls, way), copies) for way in (False, True)
-                    )
-                    for call in made.calls[:each]:
-                        call(True)
-                    device.wait(stream)
-                    assert torch.equal(first, made.y), f"{tiles}: not the same twice"
-                    assert not tensors["zeros"].any(), f"{tiles}: counters are left behind"
+                    made = plan(n, k, dtype, tiles, counted)
+                    alone, spent, wrong = measured(device, stream, made, functions, given, counters_for(n, tiles))
                     timings.append((spent, counted, tiles, wrong, alone))
             default = next(one for one in timings if one[2] == tiling(m, n, k, dtype))
-            moved = n * k * item
+            moved = n * k * weights[0].itemsize
             best = min(timings, key=lambda one: one[0])
             for name, (spent, counted, tiles, wrong, alone) in (("default", default), ("best", best)):
                 cut = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}/{tiles.splits} w{tiles.num_warps} s{tiles.num_stages}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import fake_session
 import families
 import pytest
+from fake_session import FakeSession
 
 import zoo.llm
 from zoo import LLM, SamplingParams
@@ -175,3 +177,22 @@ def test_demo_model_in_flight_and_as_text(registry: Path) -> None:
         streamed = list(llm.stream("def main(", SamplingParams(temperature=0.0, max_tokens=24)))
         assert "".join(piece.text for piece in streamed) == default.outputs[0].text
         assert all(5 <= len(entry) <= 6 for entry in default.outputs[0].logprobs or [{}])
+
+
+def test_a_step_that_is_interrupted_ends_what_was_running_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another caller's step is interrupted: a request that had finished keeps its end, and the batch comes to its own."""
+
+    def interrupted() -> None:
+        for name in list(llm.engine.scheduler._sequences):
+            llm.engine.abort(name)
+        raise KeyboardInterrupt
+
+    with LLM.from_session(FakeSession(fake_session.limits())) as llm:
+        pieces = llm._run({"short": ([3, 4], greedy(1)), "long": ([5, 6], greedy(9))})
+        first = next(pieces)
+        assert (first.request_id, first.finish_reason) == ("short", "length")
+        monkeypatch.setattr(llm.engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm._step()
+        rest = list(pieces)
+    assert [(piece.request_id, piece.finish_reason) for piece in rest if piece.finished] == [("long", "error")]

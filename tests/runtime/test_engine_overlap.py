@@ -357,3 +357,12 @@ def test_what_the_host_chooses(values: dict[str, object], until: int) -> None:
     request.choose_by([3, 4, 5], 50, samples=True)
     assert (request.chooser is not None) == (until > 0)
     assert dataclasses.asdict(request.params) == dataclasses.asdict(params(**values))
+
+
+def test_more_min_tokens_than_any_context_has_are_those_until_the_end() -> None:
+    engine = engine_of(max_context=24)
+    engine.add_request("long", [3, 4, 5], SamplingParams(temperature=0.0, max_tokens=None, min_tokens=2**40))
+    engine.add_request("beside", [6, 7], params(max_tokens=4))
+    outputs = drain(engine)
+    assert len(outputs["long"].token_ids) == 21 and outputs["long"].finish_reason == "length"
+    assert outputs["beside"].token_ids == alone([6, 7], params(max_tokens=4)).token_ids

@@ -77,6 +77,11 @@ def test_edges_are_accepted() -> None:
     SamplingParams(stop="x", stop_token_ids=[0], logit_bias={0: -100.0, 5: 100}, repetition_penalty=0.5, n=4, max_tokens=1)
 
 
+def test_numbers_larger_than_any_float_are_refused() -> None:
+    with pytest.raises(RequestError, match="temperature is 1000"):
+        SamplingParams(temperature=10**400)
+
+
 def test_copies_are_checked() -> None:
     with pytest.raises(RequestError, match="max_tokens is 0"):
         dataclasses.replace(SamplingParams(), max_tokens=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from zoo.commands.output import open_registry, print_json, print_table, progress_bars, stderr
 from zoo.errors import ConfigError
 from zoo.resources import size_text
-from zoo.spec import BuildSpec
+from zoo.spec import BuildSpec, digest_of, to_json
 
 
 def _sets(overrides: Sequence[str]) -> list[list[str]]:
@@ -31,7 +32,7 @@ def compose_all(overrides: Sequence[str], multirun: bool) -> list[BuildSpec]:
     specs: list[BuildSpec] = []
     for chosen in _sets(overrides):
         specs += compose_sweep(chosen) if multirun else [compose(chosen)]
-    return list({(spec.model.name, spec.profile, str(spec.limits)): spec for spec in specs}.values())
+    return list({digest_of(to_json(dataclasses.replace(spec, overrides=()))): spec for spec in specs}.values())
 
 
 def engines(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from zoo.targets import TARGETS
 if TYPE_CHECKING:
     from zoo.config.loader import Composed
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+LINEARS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "lm_head")  # qkv, gate_up: those that are fused
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
 
@@ -111,7 +111,14 @@ def _limits(composed: Composed, limits: Limits, hardware: HardwareSpec, compiler
     if not limits.max_blocks:
         model = composed.data["model"]
         token = model["num_layers"] * 2 * model["num_kv_heads"] * model["head_dim"] * (1 if cache == "float8e4m3" else 2)
-        limits = dataclasses.replace(limits, max_blocks=min(hardware.memory // (token * limits.block_size), (1 << 31) - 1))
+        blocks = min(hardware.memory // (token * limits.block_size), (1 << 31) - 1)
+        context = limits.max_context or model["max_positions"]
+        if (blocks - 1) * limits.block_size < context:
+            raise ConfigError(
+                f"one context of {context} tokens takes {context * token / 1e9:.1f} GB of cache, hardware {hardware.name!r} has "
+                f"{hardware.memory / 1e9:.1f} GB; lower limits.max_context, or choose hardware with more memory"
+            )
+        limits = dataclasses.replace(limits, max_blocks=blocks)
     return limits
 
 

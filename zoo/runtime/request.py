@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,8 @@ SEEDS = 2**64
 
 
 def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not (low <= value <= high) or not math.isfinite(value):
+    number = isinstance(value, NUMBERS) and not isinstance(value, bool)
+    if not number or not low <= value <= min(high, sys.float_info.max):  # an int may be larger than any float
         raise RequestError(f"{name} is {value!r}; it must be {what}")
 
 

@@ -68,7 +68,8 @@ def host_until(request: Request) -> int:
     penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     if params.logprobs is not None or params.logit_bias or penalties:
         return request.limit
-    return request.prompt_length + params.min_tokens if params.min_tokens and request.end_tokens else 0
+    banned = params.min_tokens and request.end_tokens
+    return min(request.limit, request.prompt_length + params.min_tokens) if banned else 0
 
 
 def choose(step: Step[Request], sampling: Sampling | None, result: StepResult) -> Chosen:
@@ -78,7 +79,7 @@ def choose(step: Step[Request], sampling: Sampling | None, result: StepResult) -
     chosen = Chosen(result.token_ids.tolist())
     if result.token_ids.min(initial=0) < 0:
         for row in np.flatnonzero(result.token_ids < 0).tolist():
-            chosen.errors[row] = "the engine gave NaN logits; its weights or its cache are damaged"
+            chosen.errors[row] = "the engine gave NaN logits, or none that are finite; its weights or its cache are damaged"
     if sampling is not None and len(sampling.host_rows):
         rows = sampling.host_rows.tolist()
         apart = _on_host(step, rows, result)

@@ -154,7 +154,7 @@ def _size(where: str, size: Any) -> None:
 
 
 def _arg(where: str, arg: Any, kind: str, plan: Mapping[str, Any]) -> None:
-    match arg:
+    match arg if isinstance(arg, dict) and len(arg) == 1 else None:
         case {"arena": offset} if (
             kind.startswith("*") and type(offset) is int and 0 <= offset < plan["arena"] and not offset % 16
         ):

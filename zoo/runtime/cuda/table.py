@@ -163,7 +163,7 @@ def check_sources(table: Sequence[Weight], tensors: Tensors, scales: Mapping[str
     if missing := dict.fromkeys(sorted(asked - scales.keys()), "missing"):
         raise ArtifactError(
             f"{where}: {len(missing)} of the engine's {len(asked)} scales are missing from scales.json: {_listed(missing)}; a "
-            "quantized engine needs that file beside its weights: a build with model.checkpoint writes it"
+            "quantized engine needs them: one built with model.checkpoint=FOLDER is calibrated and carries its own"
         )
 
 

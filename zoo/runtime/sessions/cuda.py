@@ -23,8 +23,10 @@ from zoo.resources import size_text
 from zoo.runtime.abi import Batch, Sampling, StepResult
 from zoo.runtime.cuda.driver import Array, Device
 from zoo.runtime.cuda.loading import SLOTS, SPARE, load_engine, pool_block
-from zoo.runtime.cuda.steps import GROUP, Step, captured_size, captured_step, eager_step
+from zoo.runtime.cuda.steps import GROUP, Step, captured_size, captured_step, eager_step, power_of_two
 from zoo.weights.reader import NUMPY
+
+GRAPHS = 256  # captured steps that are kept: each takes a few hundred kilobytes of GPU memory
 
 
 class CudaSession:
@@ -141,15 +143,18 @@ class CudaSession:
     def _replay(self, step: Step) -> None:
         """The captured graph of a step's sizes; the first such step is launched as it is, and captured for the next.
 
-        A graph that the GPU has no memory for is done without.
+        A graph that the GPU has no memory for is done without, and so are those beyond ``GRAPHS``.
         """
         key = (step.chooser, *step.sizes.values())
         graph = self._graphs.get(key)
         if graph:
-            self._device.replay(graph, self._stream)
-            return
+            try:
+                self._device.replay(graph, self._stream)
+                return
+            except ResourceError:
+                self._graphs[key] = graph = 0
         self._launch(step)
-        if graph is None:
+        if graph is None and len(self._graphs) < GRAPHS:
             try:
                 self._graphs[key] = self._device.capture(self._stream, lambda: self._launch(step))
             except ResourceError:
@@ -175,9 +180,12 @@ class CudaSession:
         """Pinned memory for rows of logits [rows, V], made larger as needed."""
         have = self._logits[slot]
         if have is None or len(have) < rows:
+            self._logits[slot] = None
             if have is not None:
                 self._device.free(have.ctypes.data)
-            have = self._logits[slot] = self._device.pinned(4 * rows * self.vocab_size).view(np.float32).reshape(rows, -1)
+            most = min(power_of_two(rows), max(rows, self.limits.max_rows))  # as many as the next few steps may want
+            have = self._device.pinned(4 * most * self.vocab_size).view(np.float32).reshape(most, -1)
+            self._logits[slot] = have
         return have[:rows]
 
     def close(self) -> None:
