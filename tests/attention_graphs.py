@@ -5,6 +5,9 @@ H heads, K key/value heads, D head size, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -13,6 +16,30 @@ from zoo.spec import ModelSpec
 from zoo.weights.recipe import Weight, tensor
 
 VOCAB, POSITIONS = 50, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Heads of an attention op, as its attributes name them."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    block_size: int = 16
+    window: int = 0
+    softcap: float = 0.0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.size,
+            "block_size": self.block_size,
+            "scale": self.size**-0.5,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
 
 
 def attention_spec(heads: int = 4, kv_heads: int = 2, head_dim: int = 8, window: int = 0, softcap: float = 0.0) -> ModelSpec:

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 import triton
+from attention_graphs import Shape
 from interpreted import assert_rounds_to8, exact, round8
 from one_op import FLOAT8, body_session, cuda_node, limits_of, live, ragged, random_pool, run_body, run_kernels, tensor, to8
 
@@ -33,28 +34,6 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2}
 SCALES = np.array([0.021, 0.013], np.float32)
 OUT_SCALE = 0.011
 SMALL = {"prefill_block_m": 64, "prefill_block_n": 16, "decode_block_n": 16, "decode_least": 16}  # many tiles of few tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    size: int
-    block_size: int = 16
-    window: int = 0
-    softcap: float = 0.0
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.size,
-            "block_size": self.block_size,
-            "scale": self.size**-0.5,
-            "window": self.window,
-            "softcap": self.softcap,
-        }
 
 
 SHAPES = {

@@ -18,6 +18,7 @@ import pytest
 import torch
 import triton
 import triton.runtime.interpreter as interpreter
+from attention_graphs import Shape
 from interpreted import TORCH, exact, round8
 from one_op import FLOAT8, body_session, live, ragged, random_pool, run_body, run_kernels, tensor
 
@@ -30,28 +31,6 @@ from zoo.runtime.abi import Batch
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2}
 ATTENTION, LINEAR = (bindings()[op] for op in ("ZooPagedAttention", "ZooFp8Linear"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    size: int
-    block_size: int = 16
-    window: int = 0
-    softcap: float = 0.0
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.size,
-            "block_size": self.block_size,
-            "scale": self.size**-0.5,
-            "window": self.window,
-            "softcap": self.softcap,
-        }
 
 
 SHAPES = {
