@@ -73,7 +73,7 @@ def test_what_it_says_it_needs(checkpoint: Path, tmp_path: Path) -> None:
     pools = 2 * (1 + LIMITS.max_context // LIMITS.block_size) * 2 * LIMITS.block_size * 2 * 16  # layers, blocks, keys and values
     assert manifest.scratch == checks.read_plan(tmp_path / "engine")["arena"]
     memory = weight_bytes(graph) + manifest.scratch + pools + RUNTIME
-    assert manifest.needs == {"kind": "gpu", "sm": 90, "memory": memory, "packages": {}}
+    assert manifest.needs == {"kind": "gpu", "sm": 90, "memory": memory, "packages": {"cuda-bindings": "13.0"}}
 
 
 def test_other_hardware_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Gpu", "Machine", "check_compatible", "choose", "describe_machine", "
 MEMORY_SLACK = 0.08
 # Runtimes whose engines load in the version that built them and later ones. All others want the same version: a plan is
 # tied to its builder.
-FORWARD = ("onnxruntime",)
+FORWARD = ("onnxruntime", "cuda-bindings")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from zoo.spec import BuildSpec
 
 PLAN_FILE = "plan.json"
 TABLE_FILE = "weights.json"
+BINDINGS = {"cuda-bindings": "13.0"}  # cuBLASLt may come from a wheel or from a toolkit, so the session looks for it
 RUNTIME = 400_000_000  # bytes of GPU memory that a session takes beside these: cuBLASLt's workspace, inputs, graphs, modules
 
 
@@ -57,7 +58,7 @@ def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Pro
             "kind": "gpu",
             "sm": build.hardware.sm,
             "memory": weight_bytes(graph) + plan.arena + context_bytes(graph, build) + RUNTIME,
-            "packages": {},
+            "packages": BINDINGS,
         },
     )
 
