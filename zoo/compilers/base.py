@@ -145,6 +145,12 @@ def pool_bytes(graph: ModelGraph, build: BuildSpec) -> int:
     return sum(slots * 2 * layer.kv_heads * layer.head_dim * ITEM_SIZES[build.cache_dtype] for layer in graph.layers)
 
 
+def context_bytes(graph: ModelGraph, build: BuildSpec) -> int:
+    """Bytes of the least KV pools, where a session gives them what memory is left: one whole context and the reserved block."""
+    limits = build.limits.resolve(build.model)
+    return pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // limits.max_blocks
+
+
 def predict(graph: ModelGraph, build: BuildSpec) -> dict[str, int]:
     """What a build and a run will take, in bytes, known before anything is read.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.compilers.base import PROCESS, CompiledEngine, Compiler, Progress, pool_bytes, predict, weight_bytes
+from zoo.compilers.base import PROCESS, CompiledEngine, Compiler, Progress, context_bytes, predict, weight_bytes
 from zoo.compilers.onnxruntime import check_sources
 from zoo.errors import CompileError, UnavailableError
 from zoo.graph import ModelGraph
@@ -51,9 +51,7 @@ class CudaCompiler(Compiler):
 
     def predict(self, graph: ModelGraph, build: BuildSpec) -> dict[str, int]:
         """As for every compiler, with the least pools that a session opens with: it gives them what memory is left."""
-        limits = build.limits.resolve(build.model)
-        least = pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // limits.max_blocks
-        return predict(graph, build) | {"run_ram": weight_bytes(graph) + least + PROCESS}
+        return predict(graph, build) | {"run_ram": weight_bytes(graph) + context_bytes(graph, build) + PROCESS}
 
     def compile(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.compilers.base import CompiledEngine, Progress, abi_of, pool_bytes, weight_bytes
+from zoo.compilers.base import CompiledEngine, Progress, abi_of, context_bytes, weight_bytes
 from zoo.compilers.cuda.aot import compile_kernels, to_json
 from zoo.compilers.cuda.plan import SCHEMA, Gemm, Plan, Planner, gemm_json, largest, launch_json
 from zoo.graph import ModelGraph
@@ -61,12 +61,6 @@ def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Pro
             "packages": BINDINGS,
         },
     )
-
-
-def context_bytes(graph: ModelGraph, build: BuildSpec) -> int:
-    """Bytes of the least KV pools that a session opens with: one whole context. More memory holds more."""
-    limits = build.limits.resolve(build.model)
-    return pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // limits.max_blocks
 
 
 def plan_json(

@@ -53,7 +53,6 @@ SCALED_INPUTS: Mapping[str, tuple[int, ...]] = {
     **gated_activation.SCALED,
     **standard.SCALED,
 }
-SPLITS = 32  # the most parts that a decode step cuts a context into
 
 Json = dict[str, Any]
 
@@ -113,14 +112,13 @@ def size_json(size: Size) -> list[Any]:
 
 
 def largest(build: BuildSpec) -> dict[str, int]:
-    """The most that each symbol of a step can be; what buffers are sized for."""
+    """The most that each symbol of a step can be that buffers are sized for; how often contexts are split sizes none."""
     limits = build.limits.resolve(build.model)
     return {
         "T": limits.max_tokens,
         "B": limits.max_sequences,
         "R": limits.max_rows,
         "W": limits.max_tokens,
-        "S": SPLITS,
     }
 
 

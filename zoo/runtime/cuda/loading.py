@@ -30,9 +30,8 @@ from zoo.runtime.cuda.weights import CHANNEL_SCALE, QUANTIZE, SOURCES, CompiledW
 from zoo.weights.reader import NUMPY, Tensors
 from zoo.weights.recipe import Weight
 
-SLOTS = (
-    STEPS_AHEAD + 2
-)  # steps whose inputs and results are kept: a ticket's are valid until the next submit, and one is under way
+# Steps whose inputs and results are kept: a ticket's are valid until the next submit, and one more is under way.
+SLOTS = STEPS_AHEAD + 2
 SPARE = 256 << 20  # bytes of GPU memory that are left to graphs, modules and the driver
 DRIVER = 13000  # the CUDA that a driver must know: what cuda-bindings and cuBLASLt are made for
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from zoo.runtime.abi import SAMPLING, Batch, EngineLimits, Sampling
 from zoo.runtime.cuda_indices import CUDA_INDEX_BUILDERS, decode_splits
+from zoo.runtime.indices import GROUP
 
 Array = np.ndarray[Any, Any]
-GROUP = "full"
 CAPTURED = 1024  # sequences up to which a decode step is captured
 
 

@@ -23,7 +23,8 @@ from zoo.resources import size_text
 from zoo.runtime.abi import Batch, Sampling, StepResult
 from zoo.runtime.cuda.driver import Array, Device
 from zoo.runtime.cuda.loading import SLOTS, SPARE, load_engine, pool_block
-from zoo.runtime.cuda.steps import GROUP, Step, captured_size, captured_step, eager_step, power_of_two
+from zoo.runtime.cuda.steps import Step, captured_size, captured_step, eager_step, power_of_two
+from zoo.runtime.indices import GROUP
 from zoo.weights.reader import NUMPY
 
 GRAPHS = 256  # captured steps that are kept: each takes a few hundred kilobytes of GPU memory
