@@ -220,7 +220,7 @@ GPT2_NAMES = TensorNames(
         for role, name in _GPT2_PARTS.items()
         for b, s in (("", "weight"), (".bias", "bias"))
     },
-    fused_qkv=True,
+    fused_qkv="concat",
     conv1d=True,
 )
 

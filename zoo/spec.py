@@ -1,4 +1,5 @@
-"""What is built, as frozen data: ``ModelSpec``, ``QuantSpec``, ``HardwareSpec``, ``ParallelSpec``, ``Limits``, ``BuildSpec``.
+"""What is built, as frozen data: ``ModelSpec`` (zoo/modelspec.py), ``QuantSpec``, ``HardwareSpec``, ``ParallelSpec``,
+``Limits``, ``BuildSpec``.
 
 Nothing here reads a file or imports a builder. ``zoo.config`` makes these objects from YAML; every other room reads them.
 Every spec checks itself when it is made (``__post_init__``) and names the key that is wrong. ``to_json`` gives plain
@@ -15,30 +16,47 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.errors import ConfigError
+from zoo.modelspec import (
+    DTYPES,
+    LARGEST,
+    AlibiSpec,
+    LatentSpec,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    TensorNames,
+    at_least,
+    between,
+    pick,
+)
 
-DTYPES = ("float32", "float16", "bfloat16")
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-MLPS = ("gated", "plain")
-POSITIONS = ("rope", "learned")
-QK_NORMS = ("none", "head")
-ROPE_KINDS = ("default", "linear", "llama3")
+__all__ = [
+    "COMPILERS",
+    "DTYPES",
+    "KV_CACHES",
+    "LARGEST",
+    "QUANT_METHODS",
+    "AlibiSpec",
+    "BuildSpec",
+    "HardwareSpec",
+    "LatentSpec",
+    "Limits",
+    "ModelSpec",
+    "MoeSpec",
+    "ParallelSpec",
+    "QuantSpec",
+    "RopeSpec",
+    "TensorNames",
+    "canonical",
+    "digest_of",
+    "to_json",
+]
+
 QUANT_METHODS = ("none", "fp8")
 KV_CACHES = ("none", "fp8")
 COMPILERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
 
 
-# The most that each size may be: far over any model, and small enough that nothing hangs on a number with a digit too many.
-LARGEST = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 20,
-    "num_layers": 1024,
-    "num_heads": 1 << 16,
-    "num_kv_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "intermediate_size": 1 << 24,
-    "max_positions": 1 << 27,
-}
 LABEL = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names that become part of a profile, and with it of file names
 
 
@@ -58,132 +76,11 @@ def digest_of(data: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical(data)).hexdigest()
 
 
-def _pick(where: str, key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{where}: {key} is {value!r}; pick one of {', '.join(allowed)}")
-
-
-def _at_least(where: str, key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(f"{where}: {key} is {value}; it must be at least {least}")
-
-
-def _between(where: str, key: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(
-            f"{where}: {key} is {value}; it must be at {'least' if value < least else 'most'} {least if value < least else most}"
-        )
-
-
 def _label(where: str, name: str) -> None:
     if not LABEL.fullmatch(name) or len(name) > 100:
         raise ConfigError(
             f"{where}: name is {name!r}; names are lower case letters and digits, with dots and dashes after the first"
         )
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding (Su et al. 2021); ``llama3`` is the frequency scaling of the Llama 3.1 release."""
-
-    kind: str = "default"
-    theta: float = 10000.0
-    fraction: float = 1.0  # of head_dim that is rotated
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """How a checkpoint names its tensors. ``{layer}`` stands for the layer index.
-
-    ``model`` and ``layer`` map a weight's role (see docs/adding-a-model.md) to a tensor name. A role that the options do
-    not use may be present; a role that they use and that is absent is an error. ``fused_qkv`` says that ``layer.qkv``
-    holds query, key and value together; ``conv1d`` that linear weights are stored [in, out] rather than [out, in].
-    ``prefixes`` are optional heads of names (``"transformer."``) that some exports leave out or add.
-    ``ignored`` are regular expressions for tensors that carry nothing (attention masks, rotary buffers).
-    """
-
-    model: dict[str, str] = field(default_factory=dict)
-    layer: dict[str, str] = field(default_factory=dict)
-    fused_qkv: bool = False
-    conv1d: bool = False
-    prefixes: tuple[str, ...] = ("",)
-    ignored: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model: its numbers, the template options of its family, and how its checkpoint names things."""
-
-    name: str
-    family: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_positions: int
-    template: str = "decoder"
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    activation: str = "silu"
-    mlp: str = "gated"
-    position: str = "rope"
-    rope: RopeSpec = field(default_factory=RopeSpec)
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: str = "none"
-    window: int = 0  # 0: full attention; else each token sees this many positions, itself included
-    window_layers: tuple[int, ...] = ()  # which layers use the window; empty: all of them
-    softcap: float = 0.0  # of attention scores; 0: none
-    attention_scale: float = 0.0  # 0: head_dim ** -0.5
-    tie_embeddings: bool = False
-    dtype: str = "bfloat16"  # what the checkpoint holds, and the compute type on a GPU
-    tensors: TensorNames = field(default_factory=TensorNames)
-    checkpoint: str = ""  # folder, absolute or relative to the project; empty: shapes only
-    license: str = ""
-    base_model: str = ""
-
-    def __post_init__(self) -> None:
-        where = f"model {self.name!r}"
-        for key, most in LARGEST.items():
-            _between(where, key, getattr(self, key), 1, most)
-        for key in ("softcap", "attention_scale"):
-            _at_least(where, key, getattr(self, key), 0)
-        _pick(where, "norm", self.norm, NORMS)
-        _pick(where, "activation", self.activation, ACTIVATIONS)
-        _pick(where, "mlp", self.mlp, MLPS)
-        _pick(where, "position", self.position, POSITIONS)
-        _pick(where, "qk_norm", self.qk_norm, QK_NORMS)
-        _pick(where, "rope.kind", self.rope.kind, ROPE_KINDS)
-        _pick(where, "dtype", self.dtype, DTYPES)
-        _pick(where, "template", self.template, ("decoder",))
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"{where}: num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
-                "every key/value head serves the same number of query heads"
-            )
-        rotated = int(self.head_dim * self.rope.fraction)
-        if self.position == "rope" and (self.head_dim % 2 or rotated % 2 or rotated < 2):
-            raise ConfigError(
-                f"{where}: rotary positions need an even head_dim (here {self.head_dim}), of which rope.fraction "
-                f"({self.rope.fraction}) rotates an even number, at least 2 (here {rotated})"
-            )
-
-    @property
-    def scale(self) -> float:
-        """The factor on query-key products."""
-        return self.attention_scale or self.head_dim**-0.5
-
-    def window_of(self, layer: int) -> int:
-        """Attention window of a layer in tokens; 0 means full attention."""
-        return self.window if not self.window_layers or layer in self.window_layers else 0
 
 
 @dataclass(frozen=True)
@@ -201,9 +98,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         _label("quant", self.name)
-        _pick(f"quant {self.name!r}", "method", self.method, QUANT_METHODS)
-        _pick(f"quant {self.name!r}", "kv_cache", self.kv_cache, KV_CACHES)
-        _between(f"quant {self.name!r}", "calibration_tokens", self.calibration_tokens, 1, 1 << 24)
+        pick(f"quant {self.name!r}", "method", self.method, QUANT_METHODS)
+        pick(f"quant {self.name!r}", "kv_cache", self.kv_cache, KV_CACHES)
+        between(f"quant {self.name!r}", "calibration_tokens", self.calibration_tokens, 1, 1 << 24)
 
 
 @dataclass(frozen=True)
@@ -228,16 +125,16 @@ class HardwareSpec:
     def __post_init__(self) -> None:
         where = f"hardware {self.name!r}"
         _label("hardware", self.name)
-        _pick(where, "kind", self.kind, ("cpu", "gpu"))
+        pick(where, "kind", self.kind, ("cpu", "gpu"))
         for compiler in self.compilers:
-            _pick(where, "compilers", compiler, COMPILERS)
+            pick(where, "compilers", compiler, COMPILERS)
         for dtype in self.dtypes:
-            _pick(where, "dtypes", dtype, DTYPES)
+            pick(where, "dtypes", dtype, DTYPES)
         for key in self.limits:
-            _pick(where, "limits", key, tuple(one.name for one in dataclasses.fields(Limits)))
+            pick(where, "limits", key, tuple(one.name for one in dataclasses.fields(Limits)))
         if self.kind == "gpu":
-            _at_least(where, "sm", self.sm, 70)
-            _at_least(where, "memory", self.memory, 1)
+            at_least(where, "sm", self.sm, 70)
+            at_least(where, "memory", self.memory, 1)
 
     def build_fields(self) -> dict[str, Any]:
         """The part that an engine depends on. Price, power and rates can change without a rebuild."""
@@ -255,8 +152,8 @@ class ParallelSpec:
 
     def __post_init__(self) -> None:
         _label("parallel", self.name)
-        _at_least(f"parallel {self.name!r}", "tp", self.tp, 1)
-        _at_least(f"parallel {self.name!r}", "pp", self.pp, 1)
+        at_least(f"parallel {self.name!r}", "tp", self.tp, 1)
+        at_least(f"parallel {self.name!r}", "pp", self.pp, 1)
 
 
 @dataclass(frozen=True)
@@ -280,10 +177,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for key in ("max_tokens", "max_sequences", "block_size"):
-            _between("limits", key, getattr(self, key), 1, LARGEST["max_positions"])
+            between("limits", key, getattr(self, key), 1, LARGEST["max_positions"])
         for key in ("max_rows", "max_context"):
-            _between("limits", key, getattr(self, key), 0, LARGEST["max_positions"])
-        _between("limits", "max_blocks", self.max_blocks, 0, (1 << 31) - 1)  # block numbers are int32
+            between("limits", key, getattr(self, key), 0, LARGEST["max_positions"])
+        between("limits", "max_blocks", self.max_blocks, 0, (1 << 31) - 1)  # block numbers are int32
         if self.max_context == 1:
             raise ConfigError(
                 "limits: max_context is 1; it must be at least 2 (a prompt and what follows), or 0 for the model's own"
@@ -333,9 +230,9 @@ class BuildSpec:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _pick("build", "compiler", self.compiler, COMPILERS)
-        _pick("build", "dtype", self.dtype, DTYPES)
-        _between("build", "threads", self.threads, 0, 1024)
+        pick("build", "compiler", self.compiler, COMPILERS)
+        pick("build", "dtype", self.dtype, DTYPES)
+        between("build", "threads", self.threads, 0, 1024)
 
     @property
     def calibrated(self) -> bool:

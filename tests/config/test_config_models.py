@@ -57,7 +57,7 @@ def test_published_settings() -> None:
     qwen2, qwen3, gpt2 = model_of("qwen2.5-7b"), model_of("qwen3-8b"), model_of("gpt2")
     assert qwen2.qkv_bias and not qwen2.out_bias and qwen2.norm_eps == 1e-6 and qwen2.rope.theta == 1e6
     assert qwen3.qk_norm == "head" and not qwen3.qkv_bias and qwen3.family == "qwen3"
-    assert gpt2.norm == "layer" and gpt2.position == "learned" and gpt2.tensors.fused_qkv and gpt2.tensors.conv1d
+    assert gpt2.norm == "layer" and gpt2.position == "learned" and gpt2.tensors.fused_qkv == "concat" and gpt2.tensors.conv1d
 
 
 def test_the_demo_is_what_its_config_json_says() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from zoo.checkpoints.folder import Checkpoint
 from zoo.errors import CheckpointError, ConfigError
-from zoo.spec import LARGEST, ROPE_KINDS, ModelSpec
+from zoo.modelspec import ROPE_KINDS
+from zoo.spec import LARGEST, ModelSpec
 from zoo.weights.reader import Tensors
 
 ACTIVATIONS = {

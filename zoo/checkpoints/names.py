@@ -84,7 +84,7 @@ def recipe_for(model: ModelSpec, role: str, layer: int | None = None) -> Recipe:
     if base == "lm_head" and model.tie_embeddings:
         return transpose(recipe_for(model, "embed"), (1, 0))
     names = model.tensors
-    if base in ("q", "k", "v") and names.fused_qkv:
+    if base in ("q", "k", "v") and names.fused_qkv == "concat":
         whole = _stored(model, "qkv" + role[1:], layer)
         heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         start, stop = {"q": (0, heads), "k": (heads, heads + kv), "v": (heads + kv, heads + 2 * kv)}[base]

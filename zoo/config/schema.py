@@ -56,7 +56,7 @@ def unfrozen(spec: type, extra: dict[str, Any] | None = None) -> type:
             default = field.default_factory()
         if dataclasses.is_dataclass(kind):
             kind = unfrozen(typing.cast(type, kind))
-            made = dataclasses.field(default_factory=kind)
+            made = dataclasses.field(default_factory=functools.partial(_node, kind, default))
         elif typing.get_origin(kind) is tuple:
             kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
             made = dataclasses.field(default_factory=functools.partial(list, () if default is MISSING else default))
@@ -68,6 +68,12 @@ def unfrozen(spec: type, extra: dict[str, Any] | None = None) -> type:
     for name, kind in (extra or {}).items():
         fields.append((name, kind, dataclasses.field(default_factory=dict)))
     return dataclasses.make_dataclass(spec.__name__.replace("Spec", "") + "Node", fields)
+
+
+def _node(kind: Any, default: Any) -> Any:
+    """A node with the values of a frozen spec, tuples as lists; its own defaults when there is none."""
+    values = {} if default is MISSING else dataclasses.asdict(default)
+    return kind(**{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()})
 
 
 # `config` and `architectures` are a family's way of reading config.json; they never reach a ModelSpec.
