@@ -51,6 +51,8 @@ class LayerInfo:
     window: int = 0
     softcap: float = 0.0
     group: str = "full"
+    sinks: bool = False  # one more score a head, the weight layer.{i}.sinks, that gives nothing
+    alibi: bool = False  # scores fall with distance, by the weight alibi.slopes
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ E hidden, H query heads, K key/value heads, D head size, F intermediate, X exper
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from zoo.errors import ConfigError
@@ -194,6 +195,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     norm_place: str = "before"  # of attention and MLP; after: of what they give; both; residual: of the sum behind each
     norm_bias: bool = True  # whether layer norms have biases
+    first_norm: bool = True  # whether the first layer has a norm before its attention (ModernBERT: no)
     norm_offset: float = 0.0  # added to norm weights as they are stored (Gemma: 1)
     block: str = "sequential"  # parallel: attention and MLP read one norm; parallel_norms: a norm each, the same input
     activation: str = "silu"
@@ -307,8 +309,11 @@ class ModelSpec:
 
     @property
     def scale(self) -> float:
-        """The factor on query-key products."""
-        return self.attention_scale or self.head_dim**-0.5
+        """The factor on query-key products; DeepSeek's yarn has ``mscale_all_dim`` raise it."""
+        scale, rope = self.attention_scale or self.head_dim**-0.5, self.rope
+        if self.latent.kv_rank and rope.kind != "default" and rope.mscale_all_dim and rope.factor > 1:
+            scale *= (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+        return scale
 
     @property
     def rotary_dim(self) -> int:

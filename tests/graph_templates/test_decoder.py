@@ -197,7 +197,7 @@ def test_names_are_unique_and_readable() -> None:
         *("layer.1.q", "layer.1.q.bias", "layer.1.k", "layer.1.k.bias", "layer.1.v", "layer.1.v.bias"),
         *(f"layer.1.{role}.{part}" for role in "qk" for part in ("heads", "norm", "merge", "rope")),
         *("layer.1.attention", "layer.1.o", "layer.1.residual1", "layer.1.norm2"),
-        *("layer.1.gate", "layer.1.act.sigmoid", "layer.1.act", "layer.1.up", "layer.1.mlp", "layer.1.down", "layer.1.residual2"),
+        *("layer.1.gate", "layer.1.up", "layer.1.act.sigmoid", "layer.1.act", "layer.1.mlp", "layer.1.down", "layer.1.residual2"),
     ]
     assert [variable.name for variable in graph.data_inputs] == ["token_ids", "positions"]
     assert list(graph.weights)[:4] == ["embed", "rope.cos", "rope.sin", "layer.0.norm1"]

@@ -1,107 +1,134 @@
 """Which checkpoint tensor stands behind which weight of the graph, and whether a checkpoint has what a model needs.
 
-Weight roles are those of ``zoo/graph.py``. Linear weights come out as [in, out]; checkpoints mostly store [out, in].
+Roles and shapes are those of ``zoo.checkpoints.roles``: linear weights come out as [in, out]; checkpoints mostly store [out, in].
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
+from zoo.checkpoints.roles import EXPERTS, LINEARS, roles, shape_of, split_role
 from zoo.errors import CheckpointError, ConfigError
-from zoo.spec import ModelSpec
+from zoo.modelspec import ModelSpec
 from zoo.weights.reader import Tensors
-from zoo.weights.recipe import Recipe, computed, slice_, tensor, transpose
+from zoo.weights.recipe import Recipe, computed, concat, every, reshape, shift, slice_, tensor, transpose
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+__all__ = ["check_tensors", "constant_recipe", "fit_names", "has_own_head", "recipe_for", "roles", "rope_recipe", "shape_of"]
+
 FLOATS = ("bfloat16", "float16", "float32", "float64")
+NORMS = ("norm1", "norm2", "post1", "post2", "final_norm", "embed_norm", "q_norm", "k_norm", "q_a_norm", "kv_a_norm")
 PIECE = 4 << 20  # numbers compared at a time
 LISTED = 200  # problems of one kind that an error lists
 
 
-def shape_of(model: ModelSpec, role: str) -> tuple[int, ...]:
-    """Shape of a weight as the graph has it: linear weights [in, out], biases [out]."""
-    hidden, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    linear = {
-        "q": (hidden, heads),
-        "k": (hidden, kv),
-        "v": (hidden, kv),
-        "qkv": (hidden, heads + 2 * kv),
-        "o": (heads, hidden),
-        "gate": (hidden, model.intermediate_size),
-        "up": (hidden, model.intermediate_size),
-        "down": (model.intermediate_size, hidden),
-        "lm_head": (hidden, model.vocab_size),
-    }
-    base, _, part = role.partition(".")
-    if base in linear:
-        return linear[base][1:] if part == "bias" else linear[base]
-    other = {
-        "embed": (model.vocab_size, hidden),
-        "pos_embed": (model.max_positions, hidden),
-        "final_norm": (hidden,),
-        "norm1": (hidden,),
-        "norm2": (hidden,),
-        "q_norm": (model.head_dim,),
-        "k_norm": (model.head_dim,),
-    }
-    if base not in other:
-        raise ConfigError(f"model {model.name!r}: no weight has the role {role!r}")
-    return other[base]
-
-
-def roles(model: ModelSpec) -> Iterator[tuple[str, int | None]]:
-    """Every weight that the model's options call for, as (role, layer); layer is None outside the layers."""
-    norm = ("", ".bias") if model.norm == "layer" else ("",)
-    yield "embed", None
-    if model.position == "learned":
-        yield "pos_embed", None
-    for layer in range(model.num_layers):
-        for name in ("norm1", "norm2"):
-            yield from ((name + part, layer) for part in norm)
-        for name in LINEARS:
-            if name == "gate" and model.mlp != "gated":
-                continue
-            yield name, layer
-            if (name in "qkv" and model.qkv_bias) or (name == "o" and model.out_bias) or (name in LINEARS[4:] and model.mlp_bias):
-                yield f"{name}.bias", layer
-        if model.qk_norm == "head":
-            yield "q_norm", layer
-            yield "k_norm", layer
-    yield from (("final_norm" + part, None) for part in norm)
-    yield "lm_head", None
-
-
 def recipe_for(model: ModelSpec, role: str, layer: int | None = None) -> Recipe:
-    """How a weight is made from the checkpoint: linear weights [in, out], biases [out], tied heads from the embedding.
+    """How a weight is made from the checkpoint, in the shape of ``shape_of``; a tied head from the embedding.
 
     Raises ConfigError when the model's tensor names have no entry for the role.
     """
-    base, _, part = role.partition(".")
-    if base == "lm_head" and model.tie_embeddings:
-        return transpose(recipe_for(model, "embed"), (1, 0))
+    base, part = split_role(role)
     names = model.tensors
-    if base in ("q", "k", "v") and names.fused_qkv == "concat":
-        whole = _stored(model, "qkv" + role[1:], layer)
-        heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        start, stop = {"q": (0, heads), "k": (heads, heads + kv), "v": (heads + kv, heads + 2 * kv)}[base]
-        if part or names.conv1d:
-            return slice_(whole, len(whole.shape) - 1, start, stop)
-        return transpose(slice_(whole, 0, start, stop), (1, 0))
+    if base == "lm_head" and model.tie_embeddings and not part:
+        return transpose(recipe_for(model, "embed"), (1, 0))
+    if base in ("q", "k", "v") and names.fused_qkv != "none":
+        return _of_qkv(model, base, part, layer)
+    if base in ("gate", "up") and names.fused_gate_up:
+        whole, wide = _stored(model, "gate_up" + (part and ".bias"), layer), model.intermediate_size
+        return _half(model, whole, part, 0 if base == "gate" else wide, wide)
+    if base in EXPERTS:
+        return _of_experts(model, base, part, layer)
+    if base in ("k_absorb", "v_absorb"):
+        return _of_latent(model, base, layer)
+    if base == "pos_embed":
+        rows, hidden = shape_of(model, role)
+        start = model.position_offset
+        whole = tensor(_name(model, role, layer), (rows + start, hidden))
+        return slice_(whole, 0, start, start + rows) if start else whole
+    if base == "type_embed":
+        whole = tensor(_name(model, role, layer), (model.token_types, model.hidden_size))
+        return reshape(slice_(whole, 0, 0, 1), (model.hidden_size,))
     stored = _stored(model, role, layer)
+    if base in NORMS and not part and model.norm_offset:
+        return shift(stored, model.norm_offset)
     return transpose(stored, (1, 0)) if _is_transposed(model, role) else stored
 
 
-def rope_recipe(model: ModelSpec, part: str, max_context: int = 0) -> Recipe:
-    """The table of rotary cosines or sines, [max_context, rotary_dim / 2] float32. ``part`` is ``cos`` or ``sin``."""
-    rope = model.rope
-    rotary = int(model.head_dim * rope.fraction)
-    numbers = dataclasses.asdict(rope)
-    del numbers["fraction"]
-    return computed(f"rope_{part}", (max_context or model.max_positions, rotary // 2), rotary_dim=rotary, **numbers)
+def _of_qkv(model: ModelSpec, base: str, part: str, layer: int | None) -> Recipe:
+    """Queries, keys or values out of a tensor that holds them all: rows of heads, all of a kind together or by group."""
+    whole = _stored(model, "qkv" + (part and ".bias"), layer)
+    axis = len(whole.shape) - 1 if part or model.tensors.conv1d else 0
+    size, kv = model.head_dim, model.num_kv_heads
+    group = model.num_heads // kv
+    first, count = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}[base]
+    if model.tensors.fused_qkv == "concat":
+        cuts = [(first * kv * size, count * kv * size)]
+    else:
+        cuts = [((number * (group + 2) + first) * size, count * size) for number in range(kv)]
+    pieces = [slice_(whole, axis, start, start + length) for start, length in cuts]
+    joined = pieces[0] if len(pieces) == 1 else concat(pieces, axis)
+    return joined if part or model.tensors.conv1d else transpose(joined, (1, 0))
+
+
+def _half(model: ModelSpec, whole: Recipe, part: str, start: int, size: int) -> Recipe:
+    if part or model.tensors.conv1d:
+        return slice_(whole, len(whole.shape) - 1, start, start + size)
+    return transpose(slice_(whole, 0, start, start + size), (1, 0))
+
+
+def _of_experts(model: ModelSpec, base: str, part: str, layer: int | None) -> Recipe:
+    """One matrix [in, out], or bias [out], of all experts, stacked on axis 0."""
+    names, suffix = model.tensors, part and ".bias"
+    fused = names.fused_experts != "none" and base != "experts.down"
+    stored_role = ("experts.gate_up" if fused else base) + suffix
+    shape = shape_of(model, stored_role)
+    if not part and not names.conv1d_experts:
+        shape = (shape[0], shape[2], shape[1])
+    if names.stacked_experts:
+        whole = tensor(_name(model, stored_role, layer), shape)
+    else:
+        each = [tensor(_name(model, stored_role, layer, number), shape[1:]) for number in range(model.moe.experts)]
+        whole = concat([reshape(one, (1, *one.shape)) for one in each], 0)
+    if fused:
+        axis = len(shape) - 1 if part or names.conv1d_experts else 1
+        second = int(base == "experts.up")
+        if names.fused_experts == "interleaved":
+            whole = every(whole, axis, second, 2)
+        else:
+            whole = slice_(whole, axis, second * model.expert_size, (second + 1) * model.expert_size)
+    return whole if part or names.conv1d_experts else transpose(whole, (0, 2, 1))
+
+
+def _of_latent(model: ModelSpec, base: str, layer: int | None) -> Recipe:
+    """What takes a head's query into the latent space, or its result out of it: parts of one tensor [H * (plain + value), R]."""
+    latent = model.latent
+    plain, rows = model.head_dim - latent.rope_dim, model.head_dim - latent.rope_dim + latent.value_dim
+    stored = _stored(model, "kv_b", layer)
+    by_head = reshape(stored, (model.num_heads, rows, latent.kv_rank))
+    if base == "k_absorb":
+        return slice_(by_head, 1, 0, plain)
+    return transpose(slice_(by_head, 1, plain, rows), (0, 2, 1))
+
+
+def rope_recipe(model: ModelSpec, part: str, max_context: int = 0, *, local: bool = False) -> Recipe:
+    """The table of rotary cosines or sines, [rows, rotary_dim / 2] float32. ``part`` is ``cos`` or ``sin``.
+
+    max_context   positions that are asked for; 0: all that the model has
+    local         the table of layers with a window, where they have their own
+    """
+    from zoo.ropetables import params
+
+    rope = model.local_rope if local else model.rope
+    context = max_context or model.max_positions
+    rows, numbers = params(rope, model.rotary_dim, model.head_dim, model.max_positions, context)
+    return computed(f"rope_{part}", (rows, model.rotary_dim // 2), **numbers)
+
+
+def constant_recipe(value: float) -> Recipe:
+    """A number of the spec as a weight, so that it has the compute type wherever it is used."""
+    return computed("constant", (), value=value)
 
 
 def fit_names(model: ModelSpec, tensors: Tensors) -> ModelSpec:
@@ -116,7 +143,8 @@ def fit_names(model: ModelSpec, tensors: Tensors) -> ModelSpec:
 
     def pick(name: str) -> str:
         candidates = [prefix + name for prefix in names.prefixes]
-        return next((c for c in candidates if c.replace("{layer}", "0") in tensors), candidates[0])
+        first = {c: c.replace("{layer}", "0").replace("{expert}", "0") for c in candidates}
+        return next((c for c in candidates if first[c] in tensors), candidates[0])
 
     fitted = dataclasses.replace(
         names,
@@ -212,24 +240,26 @@ def _stored(model: ModelSpec, role: str, layer: int | None) -> Recipe:
 
 
 def _is_transposed(model: ModelSpec, role: str) -> bool:
-    if role == "lm_head":
-        return True
-    return role in (*LINEARS, "qkv") and not model.tensors.conv1d
+    return role == "lm_head" or (role in LINEARS and not model.tensors.conv1d)
 
 
-def _name(model: ModelSpec, role: str, layer: int | None) -> str:
+def _name(model: ModelSpec, role: str, layer: int | None, expert: int = 0) -> str:
     group, names = ("model", model.tensors.model) if layer is None else ("layer", model.tensors.layer)
     if role not in names:
         have = ", ".join(names) or "nothing"
         raise ConfigError(f"model {model.name!r}: tensors.{group} has no name for {role!r}; it names {have}")
-    return (model.tensors.prefixes[0] if model.tensors.prefixes else "") + names[role].replace("{layer}", str(layer))
+    name = names[role].replace("{layer}", str(layer)).replace("{expert}", str(expert))
+    return (model.tensors.prefixes[0] if model.tensors.prefixes else "") + name
 
 
 def _known(model: ModelSpec) -> dict[str, str]:
     """Every tensor name that the maps can give -> its role, used by the options or not."""
     names = {template: role for role, template in model.tensors.model.items()}
     for role, template in model.tensors.layer.items():
-        names |= {template.replace("{layer}", str(layer)): f"layer.{layer}.{role}" for layer in range(model.num_layers)}
+        for layer in range(model.num_layers):
+            name = template.replace("{layer}", str(layer))
+            experts = range(model.moe.experts) if "{expert}" in name else range(1)
+            names |= {name.replace("{expert}", str(expert)): f"layer.{layer}.{role}" for expert in experts}
     return {prefix + name: role for prefix in model.tensors.prefixes or ("",) for name, role in names.items()}
 
 

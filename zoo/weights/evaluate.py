@@ -124,6 +124,16 @@ class Maker:
                 inner = list(box)
                 inner[axis] = slice(box[axis].start + start, box[axis].stop + start)
                 return self.box(recipe.inputs[0], tuple(inner))
+            case "every":
+                axis, start, step = recipe.attrs
+                inner = list(box)
+                inner[axis] = slice(start + box[axis].start * step, start + (box[axis].stop - 1) * step + 1)
+                found = self.box(recipe.inputs[0], tuple(inner))
+                made = found[(slice(None),) * (axis % found.ndim) + (slice(None, None, step),)]
+                return made
+            case "shift":
+                made = _float32(self.box(recipe.inputs[0], box)) + np.float32(recipe["value"])
+                return made
             case "reshape":
                 child = recipe.inputs[0]
                 made = self.box(child, _whole(child.shape)).reshape(recipe.shape)

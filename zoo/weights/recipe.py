@@ -24,7 +24,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "transpose": ("perm",),
     "concat": ("axis",),
     "slice": ("axis", "start", "stop"),
+    "every": ("axis", "start", "step"),  # x[start::step] along an axis
     "reshape": (),
+    "shift": ("value",),  # x + value, float32
     "channel_scale": ("axis", "limit"),  # max(|x|) over all axes but `axis`, divided by `limit`; float32
     "quantize": ("axis", "dtype"),  # inputs x and its channel_scale: x / scale, rounded to `dtype`, saturating
 }
@@ -137,6 +139,19 @@ def slice_(x: Recipe, axis: int, start: int, stop: int) -> Recipe:
     shape = list(x.shape)
     shape[axis] = stop - start
     return Recipe("slice", tuple(shape), (x,), (axis, start, stop))
+
+
+def every(x: Recipe, axis: int, start: int, step: int) -> Recipe:
+    """``x[start::step]`` along an axis, whose size ``step`` divides."""
+    assert x.shape[axis] % step == 0, f"{x.shape[axis]} rows in turns of {step}"
+    shape = list(x.shape)
+    shape[axis] //= step
+    return Recipe("every", tuple(shape), (x,), (axis, start, step))
+
+
+def shift(x: Recipe, value: float) -> Recipe:
+    """``x + value``, in float32."""
+    return Recipe("shift", x.shape, (x,), (value,))
 
 
 def reshape(x: Recipe, shape: Sequence[int]) -> Recipe:
