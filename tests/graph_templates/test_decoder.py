@@ -200,7 +200,7 @@ def test_names_are_unique_and_readable() -> None:
         *("layer.1.gate", "layer.1.up", "layer.1.act.sigmoid", "layer.1.act", "layer.1.mlp", "layer.1.down", "layer.1.residual2"),
     ]
     assert [variable.name for variable in graph.data_inputs] == ["token_ids", "positions"]
-    assert list(graph.weights)[:4] == ["embed", "rope.cos", "rope.sin", "layer.0.norm1"]
+    assert list(graph.weights)[:4] == ["embed", "layer.0.norm1", "layer.0.q", "layer.0.q.bias"]
     assert not [
         tensor
         for tensor in graph.graph.tensors().values()
