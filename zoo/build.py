@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total (total 0: unkno
 _CALIBRATED: dict[str, dict[str, float]] = {}
 
 # The files whose change can change an engine. Serving, storage and the command line are not among them.
-SOURCES = ("spec.py", "targets.py", "graph.py", "build.py", "calibration.py")
+SOURCES = ("spec.py", "modelspec.py", "ropetables.py", "targets.py", "graph.py", "build.py", "calibration.py")
 SOURCE_FOLDERS = ("weights", "checkpoints", "graph_templates", "plugins", "passes", "compilers")
 
 

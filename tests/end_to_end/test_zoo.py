@@ -54,8 +54,9 @@ def tokens(length: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plain_graph_equals_transformers(root: Path, name: str) -> None:
+def test_plain_graph_equals_transformers(root: Path, name: str, record_property) -> None:
     folder, model = made(root, name)
+    zoo_cases.about(folder, record_property)
     ids = tokens(CASES[name].past, 1)
     expected = reference_logits(model, ids)
     assert 0.5 < np.abs(expected).max() < 200, "logits of a size that an error would show in"
@@ -64,8 +65,9 @@ def test_plain_graph_equals_transformers(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engine_continues_as_transformers(root: Path, name: str, tmp_path: Path) -> None:
+def test_engine_continues_as_transformers(root: Path, name: str, record_property, tmp_path: Path) -> None:
     folder, model = made(root, name)
+    zoo_cases.about(folder, record_property)
     prompts = [tokens(length, length) for length in (3, 17, CASES[name].past)]
     with LLM(folder, registry=tmp_path / "registry", threads=1, max_tokens=16, max_sequences=3) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=0))

@@ -87,3 +87,8 @@ def all_cases() -> dict[str, Case]:
         assert not set(cases) & set(module.CASES)
         cases |= module.CASES
     return cases
+
+
+def about(folder: Path, record_property: Callable[[str, Any], None]) -> None:
+    """Enter a folder's architecture into the test report, from which docs/models.md is made."""
+    record_property("architecture", json.loads((folder / "config.json").read_text())["architectures"][0])
