@@ -73,16 +73,21 @@ def test_a_stream_gives_the_text_of_a_plain_answer(base: str) -> None:
     assert json.loads(events[-2])["usage"]["completion_tokens"] == 6
 
 
+def test_another_model_is_not_found(base: str) -> None:
+    status, text = post(base, {"prompt": "x", "model": "other"})
+    error = json.loads(text)["error"]
+    assert status == 404 and error["code"] == "model_not_found" and "other" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "temprature": 0}, "temprature"),
-        ({"prompt": ""}, "empty"),
+        ({"prompt": []}, "prompt"),
         ({"prompt": [[1, 2], "x", 3.5]}, "prompt"),
         ({"prompt": [10**9]}, "token id"),
-        ({"prompt": "x", "model": "other"}, "other"),
-        ({"prompt": "x", "n": 3}, "n is 3"),
+        ({"prompt": "x", "n": 3, "best_of": 2}, "best_of is 2"),
         ([1, 2], "object"),
     ],
 )

@@ -61,6 +61,7 @@ class SamplingParams:
     logprobs               None: none. k: for each token a dict {token id: log-probability} of the k most likely tokens and the
                            chosen one (k + 1 entries when it is not among them). They are of the model's raw distribution:
                            before temperature, penalties, bias and filters
+    prompt_logprobs        the same for each token of the prompt but the first, which has none
     skip_special_tokens    leave special tokens out of the text
 
     Raises RequestError that names the field, what was found and what is allowed.
@@ -83,6 +84,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -107,8 +109,9 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100, "between 0.01 and 100 (1 is none)")
         _number("presence_penalty", self.presence_penalty, -2, 2, "between -2 and 2")
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "between -2 and 2")
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, "a whole number of at least 0, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, "a whole number of at least 0, or None")
         self._check_stops()
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
@@ -186,6 +189,7 @@ class Piece:
     """What one step added to one request: text that is complete so far (it may be empty) and the new tokens.
 
     ``finish_reason``, ``stop_reason`` and ``error`` are as in ``CompletionOutput``; they come with the last piece.
+    ``prompt_logprobs`` come with the first one.
     """
 
     request_id: str
@@ -195,6 +199,7 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @property
     def finished(self) -> bool:

@@ -62,7 +62,6 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer that `tokenizers` {tokenizers.__version__} reads: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = read_json(folder / "tokenizer_config.json")
         self.detokenizer = Detokenizer(self._tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -92,31 +91,43 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """Name -> token for bos_token, eos_token and the like; tokenizer_config.json goes before special_tokens_map.json."""
-        found: dict[str, str] = {}
-        for source in (read_json(self.folder / "special_tokens_map.json"), self._config):
-            for name in NAMED:
-                value = source.get(name)
-                content = value.get("content") if isinstance(value, Mapping) else value
-                if isinstance(content, str):
-                    found[name] = content
-        return found
+        """Name -> token for bos_token, eos_token and the like."""
+        return read_special_tokens(self.folder)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """chat_template.jinja, or else the one in tokenizer_config.json (of several, "default"); None if there is none."""
-        path = self.folder / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
-        if isinstance(source, list):
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
-            source = named.get("default")
-        return ChatTemplate(source, self.special_tokens) if isinstance(source, str) else None
+        return read_template(self.folder)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt for chat messages; see ``ChatTemplate.render``. Raises RequestError for a model without a template."""
         if self.chat_template is None:
             raise RequestError("this model has no chat template; use generate with a prompt")
         return self.chat_template.render(messages, **options)
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """Name -> token for bos_token, eos_token and the like; tokenizer_config.json goes before special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        source = read_json(folder / file)
+        for name in NAMED:
+            value = source.get(name)
+            content = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(content, str):
+                found[name] = content
+    return found
+
+
+def read_template(folder: Path) -> ChatTemplate | None:
+    """chat_template.jinja, or else the one in tokenizer_config.json (of several, "default"); None if there is none."""
+    path = folder / "chat_template.jinja"
+    config = read_json(folder / "tokenizer_config.json")
+    source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
+        source = named.get("default")
+    return ChatTemplate(source, read_special_tokens(folder)) if isinstance(source, str) else None
 
 
 class GenerationConfig:
