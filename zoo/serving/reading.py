@@ -44,7 +44,7 @@ def _said(kind: type[BaseModel], error: ValidationError) -> FieldError:
     if extra:
         names = ", ".join(str(one["loc"][0]) for one in extra)
         return FieldError(f"unknown fields: {names}; known are {', '.join(sorted(_names(kind)))}", str(extra[0]["loc"][0]))
-    first = max(errors, key=lambda one: len(one["loc"])) if len(errors) > 1 else errors[0]
+    first = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
     if first["type"] == "json_invalid":
         return FieldError(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if not first["loc"]:
