@@ -7,6 +7,7 @@ table, position or length changes the tokens that come out. Slots nobody wrote h
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 from collections import deque
@@ -122,6 +123,13 @@ class FakeSampler(FakeSession):
         self._last: tuple[Batch, Sampling | None] | None = None  # the step submitted last, None if that failed
         self._sampled: np.ndarray | None = None  # what the step that ran last gave, None if it failed
 
+    def reserve(self, slots: int) -> bool:
+        """It adjusts no logits; ``fake_adjusting`` has one that does."""
+        return False
+
+    def adjust(self, batch: Batch, sampling: Sampling, logits: np.ndarray) -> None:
+        assert sampling.adjusting is None
+
     def submit(self, batch: Batch, sampling: Sampling | None = None) -> FakeTicket:
         if self.fail_submit is not None:
             self._last, error, self.fail_submit = None, self.fail_submit, None
@@ -136,7 +144,8 @@ class FakeSampler(FakeSession):
             assert self._last is not None and self._last[1] is not None, "there is no step before, or it has no tokens"
             assert name < len(self._last[0].logit_rows) and name not in self._last[1].host_rows
         if sampling is not None:
-            sampling = Sampling(sampling.rows.copy(), sampling.host_rows.copy(), sampling.greedy)
+            adjusting = copy.deepcopy(sampling.adjusting)
+            sampling = Sampling(sampling.rows.copy(), sampling.host_rows.copy(), sampling.greedy, adjusting)
             assert sampling.rows.dtype == SAMPLING and len(sampling.rows) == len(batch.logit_rows)
             assert np.flatnonzero(sampling.rows["flags"] & HOST).tolist() == sampling.host_rows.tolist()
             drawn = np.delete(sampling.rows["temperature"], sampling.host_rows)
@@ -154,6 +163,8 @@ class FakeSampler(FakeSession):
         self._sampled = None
         logits = super().step(batch).logits
         assert logits is not None
+        if sampling is not None:
+            self.adjust(batch, sampling, logits)
         if self.fail_result is not None:
             error, self.fail_result = self.fail_result, None
             raise error

@@ -6,6 +6,8 @@ FOLDER is what ``build_engines.py`` made. For every engine, with pools and activ
               Their error against float32 transformers is compared with that of transformers in bfloat16
     greedy    generation through the engine loop, sampled on the GPU; each token is the float32 model's own, or within the
               measured error of it
+    adjusted  requests with penalties, logit_bias and min_tokens: each token is the one that the host's sampler chooses from the
+              same logits, and captured, overlapped steps give the same tokens
 
 Needs torch and transformers beside what serving needs. Exit status 1 if something is wrong.
 """
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 
+from tests.gpu.adjusted import check_adjusted
 from tests.gpu.feeding import Feeder
 from zoo.artifacts.registry import Registry
 from zoo.llm import LLM
@@ -76,13 +79,18 @@ def check(registry: Path, ref: str, checkpoint: Path, seed: int) -> bool:
                 equal += int(row.argmax()) == text[place]
                 total += 1
         near = max(gaps) <= 2 * spread
+        judged, problems = check_adjusted(session, starts[: session.limits.max_sequences], 24)
         llm.close()
+    right = good and near and not problems
     print(
-        f"{'ok  ' if good and near else 'FAIL'} {ref:<46} error {error:.2e} (transformers bfloat16 {floor:.2e}), "
-        f"greedy {equal}/{total} equal, largest gap {max(gaps):.3f} of {2 * spread:.3f}",
+        f"{'ok  ' if right else 'FAIL'} {ref:<46} error {error:.2e} (transformers bfloat16 {floor:.2e}), "
+        f"greedy {equal}/{total} equal, largest gap {max(gaps):.3f} of {2 * spread:.3f}; "
+        f"{judged} adjusted tokens, {len(problems)} wrong",
+        *problems[:5],
+        sep="\n     ",
         flush=True,
     )
-    return good and near
+    return right
 
 
 def main() -> int:

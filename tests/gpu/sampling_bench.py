@@ -1,4 +1,4 @@
-"""Sampling kernels on a GPU: right first, then microseconds.
+"""Sampling kernels on a GPU, and those that adjust logits before: right first, then microseconds.
 
     python tests/gpu/sampling_bench.py [--quick]
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from adjusting_bench import bench_adjusting, check_adjusting
 from attention_on_gpu import Load, carry_out, prepare
 
 from zoo.plugins.sampling import cuda
@@ -186,8 +187,10 @@ def main() -> None:
     check_candidates()
     check_distribution()
     check_resolve()
+    check_adjusting()
     if not quick:
         bench()
+        bench_adjusting()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def main() -> int:
                 params = [SamplingParams(max_tokens=4, temperature=t, top_k=k, top_p=p, seed=1) for t, k, p in
                           ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 20, 0.9), (1.2, 0, 0.95))]  # fmt: skip
                 outputs = llm.generate(prompts[:4], params)
+                adjusted = SamplingParams(max_tokens=4, min_tokens=4, repetition_penalty=1.5, frequency_penalty=0.5,
+                                          logit_bias={5: 2.0}, stop_token_ids=[7])  # fmt: skip
+                outputs += llm.generate(prompts, adjusted)
             assert finite and all(out.outputs[0].error is None for out in outputs), entry.ref
             print("ran", entry.ref, flush=True)
     return 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.runtime.abi import SAMPLING, Batch, EngineLimits, Sampling
+from zoo.runtime.abi import SAMPLING, Adjusting, Batch, EngineLimits, Sampling
 from zoo.runtime.cuda import steps
 from zoo.runtime.cuda.steps import bucket, captured_size, captured_step, eager_step, input_bytes
 from zoo.runtime.cuda_indices import decode_splits
@@ -49,10 +49,12 @@ def batch_of(counts: list[int], lengths: list[int], rows: list[int], size: int =
     return Batch(*arrays, {"full": table}, np.array(rows, np.int32))
 
 
-def sampling_of(rows: int, temperature: float = 0.0) -> Sampling:
+def sampling_of(rows: int, temperature: float = 0.0, counted: list[int] | None = None) -> Sampling:
+    """``counted``: slots of the sequences, which makes it a step with penalties."""
     made = np.zeros(rows, SAMPLING)
     made["temperature"], made["top_p"] = temperature, 1
-    return Sampling(made, np.empty(0, np.int32), temperature == 0)
+    adjusting = Adjusting([], np.array(counted, np.int32), False, True) if counted else None
+    return Sampling(made, np.empty(0, np.int32), temperature == 0, adjusting)
 
 
 def test_buckets_of_the_docs() -> None:
@@ -133,6 +135,27 @@ def test_a_captured_step_is_padded() -> None:
     assert {array.dtype for name, array in arrays.items() if name != "sampling"} == {np.dtype(np.int32)}
 
 
+def test_only_steps_with_adjusted_requests_run_more_and_have_graphs_of_their_own() -> None:
+    batch = batch_of([1] * 5, [9, 40, 70, 1, 2], [0, 1, 2, 3, 4])
+    keys = set()
+    for counted, listed, penalized, runs in (
+        (False, False, False, ()),
+        (True, False, True, ("count", "penalized")),
+        (True, False, False, ("count",)),  # a chunk of a prompt, beside rows of others
+        (False, True, False, ("listed",)),
+        (True, True, True, ("count", "listed", "penalized")),
+    ):
+        slots = np.array([0, 3, 0, 1, 2], np.int32) if counted else None
+        sampling = dataclasses.replace(sampling_of(5), adjusting=Adjusting([(2, slots)], slots, listed, penalized))  # type: ignore[list-item]
+        for step in (eager_step(batch, sampling, LIMITS, Shape()), captured_step(batch, sampling, LIMITS, Shape(), 8)):
+            assert step.adjusting == runs and ("counted" in step.arrays) == counted
+        if counted:
+            assert step.arrays["counted"].tolist() == [0, 3, 0, 1, 2, 0, 0, 0]
+        keys.add(step.key)
+    plain = captured_step(batch, sampling_of(5), LIMITS, Shape(), 8)
+    assert len(keys) == 5 and plain.key in keys and "counted" not in plain.arrays
+
+
 def test_sizes_of_captured_steps_are_few() -> None:
     """What a graph is kept for: contexts from 1 to 100 and 1 to 16 sequences give so many."""
     seen = set()
@@ -165,9 +188,10 @@ def some_steps(draw: st.DrawFn) -> tuple[EngineLimits, Batch]:
 def test_there_is_room_for_any_step(drawn: tuple[EngineLimits, Batch]) -> None:
     limits, batch = drawn
     room = input_bytes(SHAPES, limits)
-    made: list[steps.Step] = [eager_step(batch, sampling_of(len(batch.logit_rows)), limits, Shape())]
+    sampling = sampling_of(len(batch.logit_rows), counted=[1] * len(batch.kv_lengths))
+    made: list[steps.Step] = [eager_step(batch, sampling, limits, Shape())]
     if size := captured_size(batch, limits):
-        made.append(captured_step(batch, sampling_of(len(batch.logit_rows)), limits, Shape(), size))
+        made.append(captured_step(batch, sampling, limits, Shape(), size))
     most: dict[str, Any] = {"T": limits.max_tokens, "B": limits.max_sequences, "R": limits.max_rows, "W": limits.max_tokens}
     for step in made:
         assert set(step.arrays) == set(room)

@@ -1,7 +1,8 @@
 """Who chooses a request's tokens: a session that samples, or the host from the row's logits, and what comes of both.
 
-A session knows temperature, top_k, top_p and min_p (``zoo.runtime.abi.SAMPLING``). All else is ``sampler.py``'s: logprobs,
-logit_bias, penalties, and end tokens that are banned until ``min_tokens``. One step may do both, row by row.
+A session knows temperature, top_k, top_p and min_p (``zoo.runtime.abi.SAMPLING``). Logprobs are ``sampler.py``'s; and so are
+logit_bias, penalties, and end tokens that are banned until ``min_tokens``, where the session has no slot for a request
+(``zoo.runtime.adjusting``). One step may do both, row by row. Who chooses is settled when a request comes, and stays.
 
 R rows, H rows chosen on the host, V vocabulary.
 """
@@ -9,12 +10,14 @@ R rows, H rows chosen on the host, V vocabulary.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import numpy as np
 import numpy.typing as npt
 
 from zoo.runtime.abi import SAMPLING, Sampling, StepResult
+from zoo.runtime.adjusting import adjustment_of, penalizes
 from zoo.runtime.detokenizer import TextStream
 from zoo.runtime.request import SamplingParams
 from zoo.runtime.rows import Step
@@ -41,11 +44,18 @@ class Request(Sequence):
     stops: StopMatcher | None
     end_tokens: frozenset[int]
 
-    def choose_by(self, prompt: Items[int], vocab_size: int, samples: bool) -> None:
-        """Settle who chooses its tokens: the session, if it ``samples`` and knows how, or else the host."""
+    def choose_by(self, prompt: Items[int], vocab_size: int, samples: bool, reserve: Callable[[], bool] = lambda: False) -> None:
+        """Settle who chooses its tokens: the session, if it ``samples`` and knows how, or else the host.
+
+        ``reserve``: whether the session has a slot for it, asked if it takes one.
+        """
         if samples:
             self.sampling = sampling_record(self.params)
             self.host_until = host_until(self)
+            if self.host_until and self.params.logprobs is None:
+                found = adjustment_of(self.params, self.prompt_length, self.limit, self.end_tokens, vocab_size)
+                if found is not None and reserve():
+                    self.adjustment, self.host_until = found, 0
         hosted = not samples or self.host_until > 0
         self.chooser = Chooser(self.params, prompt, vocab_size, self.end_tokens) if hosted else None
 
@@ -65,8 +75,7 @@ def sampling_record(params: SamplingParams) -> npt.NDArray[np.void]:
 def host_until(request: Request) -> int:
     """While a request knows fewer tokens than this, the host chooses the next: 0 never, its limit always."""
     params = request.params
-    penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-    if params.logprobs is not None or params.logit_bias or penalties:
+    if params.logprobs is not None or params.logit_bias or penalizes(params):
         return request.limit
     banned = params.min_tokens and request.end_tokens
     return min(request.limit, request.prompt_length + params.min_tokens) if banned else 0
@@ -80,6 +89,8 @@ def choose(step: Step[Request], sampling: Sampling | None, result: StepResult) -
     if result.token_ids.min(initial=0) < 0:
         for row in np.flatnonzero(result.token_ids < 0).tolist():
             chosen.errors[row] = "the engine gave NaN logits, or none that are finite; its weights or its cache are damaged"
+            if step.sampled[row].adjustment is not None and step.counters[row] < step.sampled[row].params.min_tokens:
+                chosen.errors[row] = "min_tokens and logit_bias leave no token to choose, or the engine gave NaN logits"
     if sampling is not None and len(sampling.host_rows):
         rows = sampling.host_rows.tolist()
         apart = _on_host(step, rows, result)

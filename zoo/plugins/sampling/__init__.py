@@ -4,6 +4,8 @@
     sample    each row by its ``SAMPLING`` record (``zoo.runtime.abi``): temperature, top_k, top_p, min_p, seed, counter
     resolve   token ids that name a row of the step before, -(r + 1), become that row's token
 
+What adjusts logits before is in ``zoo.plugins.adjusting``.
+
 Order and meaning are ``zoo.runtime.sampler``'s, with two differences that no test of a distribution sees: tokens equally
 likely as the last one of a nucleus are all in it, and a nucleus of very many tokens may take in, or leave out, tokens that
 together have a part 2**-17 of its probability.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zoo.plugins.adjusting import cuda as adjusting
 from zoo.plugins.kernels import Arg, Kernel, Launch, Size, fixed
 
 KERNELS = "zoo.plugins.sampling.kernels"
@@ -18,8 +19,11 @@ RESOLVED = 1024  # token ids of a program
 
 
 def launches(vocab_size: int) -> dict[str, list[Launch]]:
-    """``greedy`` and ``sample`` fill ``sampled`` from ``logits``; ``resolve``, before the graph, completes ``token_ids``."""
-    return {"greedy": greedy(vocab_size), "sample": sample(vocab_size), "resolve": resolve()}
+    """``greedy`` and ``sample`` fill ``sampled`` from ``logits``; ``resolve``, before the graph, completes ``token_ids``. Beside
+    them what adjusts ``logits``.
+    """
+    choosers = {"greedy": greedy(vocab_size), "sample": sample(vocab_size), "resolve": resolve()}
+    return choosers | adjusting.launches(vocab_size)
 
 
 def scratch(vocab_size: int, max_rows: int) -> dict[str, int]:

@@ -27,6 +27,8 @@ SCHEMA = 1
 SYMBOLS = ("", "T", "B", "R", "W", "S", "P", "J")
 PARTS = ("greedy", "sample", "resolve")
 INPUTS = ("token_ids", "positions", "query_starts", "kv_lengths", "block_table.full", "logit_rows")
+ENCODER_INPUTS = INPUTS[:3]
+ENCODER_LIMITS = {"max_rows": 1, "max_blocks": 2, "block_size": 1}  # what an encoder has not, as little as buffers can be
 MOST = (1 << 31) - 1  # of anything that a kernel gets as int32
 BYTES = 1 << 48  # more than any GPU's memory
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -171,16 +173,17 @@ def _arg(where: str, arg: Any, kind: str, plan: Mapping[str, Any]) -> None:
 def check_manifest(manifest: EngineManifest) -> EngineLimits:
     """What a session builds on: limits, inputs, pools. Gives the limits."""
     try:
-        limits = EngineLimits(**{key: int(value) for key, value in manifest.limits.items()})
+        given = manifest.limits | ENCODER_LIMITS if manifest.pooling else manifest.limits
+        limits = EngineLimits(**{key: int(value) for key, value in given.items()})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"engine.json: limits are malformed ({error}); rebuild the engine") from None
     least = {"max_blocks": 2}  # block 0 is reserved
     if low := [key for key, value in vars(limits).items() if not least.get(key, 1) <= value <= MOST]:
         raise ArtifactError(f"engine.json: limits.{low[0]} is {said(vars(limits)[low[0]])}; rebuild the engine")
     abi = manifest.abi
-    given = [one.name for one in abi.inputs]
-    if sorted(given) != sorted(INPUTS):
-        raise ArtifactError(f"engine.json: its inputs are {', '.join(given)}; expected {', '.join(INPUTS)}; rebuild the engine")
+    names, expected = [one.name for one in abi.inputs], ENCODER_INPUTS if manifest.pooling else INPUTS
+    if sorted(names) != sorted(expected):
+        raise ArtifactError(f"engine.json: its inputs are {', '.join(names)}; expected {', '.join(expected)}; rebuild the engine")
     if unknown := [one.name for one in abi.index_inputs if one.name not in CUDA_INDEX_BUILDERS]:
         raise ArtifactError(f"engine.json: unknown index inputs {', '.join(unknown)}; it was written by another version of zoo")
     sides = ("T", "B", "B+1", "R", "W", "P")

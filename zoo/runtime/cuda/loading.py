@@ -24,6 +24,7 @@ from zoo.runtime.cuda.driver import Device
 from zoo.runtime.cuda.gemms import GemmMaker
 from zoo.runtime.cuda.inputs import Inputs
 from zoo.runtime.cuda.program import Function, Program, Symbols
+from zoo.runtime.cuda.slots import Slots
 from zoo.runtime.cuda.steps import input_bytes
 from zoo.runtime.cuda.table import check_products, check_sources, read_scales, read_table
 from zoo.runtime.cuda.weights import CHANNEL_SCALE, QUANTIZE, SOURCES, CompiledWeightKernels, arena_layout, load_weights
@@ -33,6 +34,7 @@ from zoo.weights.recipe import Weight
 # Steps whose inputs and results are kept: a ticket's are valid until the next submit, and one more is under way.
 SLOTS = STEPS_AHEAD + 2
 SPARE = 256 << 20  # bytes of GPU memory that are left to graphs, modules and the driver
+ADJUSTING = ("count", "listed", "penalized")  # parts of a plan that older engines lack: the host adjusts their logits
 DRIVER = 13000  # the CUDA that a driver must know: what cuda-bindings and cuBLASLt are made for
 
 
@@ -42,7 +44,11 @@ def pool_block(manifest: EngineManifest) -> int:
 
 
 class Loaded:
-    """Everything of an engine that is on the GPU. ``addresses``: tensor -> address, or the cell that holds it."""
+    """Everything of an engine that is on the GPU.
+
+    addresses   tensor -> address, or the cell that holds it
+    adjusts     it has the kernels that adjust logits by what is in ``slots``
+    """
 
     def __init__(
         self, device: Device, stream: int, plan: Mapping[str, Any], manifest: EngineManifest, limits: EngineLimits
@@ -67,6 +73,9 @@ class Loaded:
         device.fill(self.addresses["sampled"], 0, 4 * self.limits.max_rows, stream)
         for name, size in plan["sampling_scratch"].items():
             self.addresses[name] = device.allocate(int(size), "sampling")
+        self.adjusts = all(part in plan["sampling"] for part in ADJUSTING)
+        self.slots = Slots(device, self.vocab_size, self.limits.max_sequences, SLOTS)
+        self.addresses["slots"] = self.slots.table
         self.cublas = CublasLt(device)
 
     def load_kernels(self, folder: Path) -> None:

@@ -29,11 +29,20 @@ class Shape(Protocol):
 
 @dataclass
 class Step:
-    """arrays: inputs by name, in the order they are sent. sizes: T, B, R, W, S, P and J. chooser: which sampling follows."""
+    """arrays: inputs by name, in the order they are sent. sizes: T, B, R, W, S, P and J. chooser: which sampling follows.
+
+    adjusting: what runs behind the graph and before that; nothing in a step without a request whose logits are adjusted.
+    """
 
     arrays: dict[str, Array]
     sizes: dict[str, int]
     chooser: str
+    adjusting: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a captured graph of it depends on."""
+        return (self.chooser, *self.sizes.values(), *self.adjusting)
 
 
 def bucket(sequences: int, most: int) -> int:
@@ -72,6 +81,8 @@ def eager_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits, sh
     }
     if sampling is not None:
         arrays["sampling"] = sampling.rows
+    if sampling is not None and sampling.adjusting is not None and sampling.adjusting.counted is not None:
+        arrays["counted"] = sampling.adjusting.counted
     single = np.diff(batch.query_starts) == 1
     longest = int(batch.kv_lengths[single].max(initial=0))
     sizes = {
@@ -83,7 +94,7 @@ def eager_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits, sh
         "P": table.shape[1],
     }
     sizes["J"] = int(sizes["S"] > 1)
-    return Step(arrays, sizes, _chooser(sampling))
+    return Step(arrays, sizes, _chooser(sampling), _adjusting(sampling))
 
 
 def captured_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits, shape: Shape, size: int) -> Step:
@@ -97,13 +108,13 @@ def captured_step(batch: Batch, sampling: Sampling | None, limits: EngineLimits,
     arrays["block_table.full"] = table
     arrays["query_starts"] = _longer(arrays["query_starts"], size + 1, count)
     arrays["kv_lengths"] = _longer(arrays["kv_lengths"], size, 1)
-    for name in ("token_ids", "positions", "logit_rows", "token_slots", "sampling"):
+    for name in ("token_ids", "positions", "logit_rows", "token_slots", "sampling", "counted"):
         if name in arrays:
             arrays[name] = _longer(arrays[name], size, np.zeros((), SAMPLING) if name == "sampling" else 0)
     longest = power_of_two(int(batch.kv_lengths.max()))
     splits = decode_splits(size, shape.kv_heads, min(longest, limits.max_context), limits)
     sizes = {"T": size, "B": size, "R": size, "W": 0, "S": splits, "P": width, "J": int(splits > 1)}
-    return Step(arrays, sizes, made.chooser)
+    return Step(arrays, sizes, made.chooser, made.adjusting)
 
 
 def _longer(array: Array, size: int, value: Any) -> Array:
@@ -118,6 +129,13 @@ def _chooser(sampling: Sampling | None) -> str:
     return "greedy" if sampling.greedy else "sample"
 
 
+def _adjusting(sampling: Sampling | None) -> tuple[str, ...]:
+    if sampling is None or (adjusting := sampling.adjusting) is None:
+        return ()
+    wanted = {"count": adjusting.counted is not None, "listed": adjusting.listed, "penalized": adjusting.penalized}
+    return tuple(name for name, runs in wanted.items() if runs)
+
+
 def input_bytes(inputs: Mapping[str, tuple[str, ...]], limits: EngineLimits) -> dict[str, int]:
     """The most bytes of each input."""
     blocks = -(-limits.max_context // limits.block_size)
@@ -129,4 +147,4 @@ def input_bytes(inputs: Mapping[str, tuple[str, ...]], limits: EngineLimits) -> 
         for side in shape:
             total *= int(side) if str(side).isdigit() else sides[side]
         sizes[name] = total
-    return sizes | {"sampling": limits.max_rows * SAMPLING.itemsize}
+    return sizes | {"sampling": limits.max_rows * SAMPLING.itemsize, "counted": 4 * limits.max_sequences}

@@ -20,7 +20,7 @@ import numpy as np
 from zoo.artifacts.manifest import EngineManifest
 from zoo.errors import ArtifactError, RequestError, ResourceError, ZooError
 from zoo.resources import size_text
-from zoo.runtime.abi import Batch, Sampling, StepResult
+from zoo.runtime.abi import SLOT_SHIFT, Adjusting, Batch, Sampling, StepResult
 from zoo.runtime.cuda.driver import Array, Device
 from zoo.runtime.cuda.loading import SLOTS, SPARE, load_engine, pool_block
 from zoo.runtime.cuda.steps import Step, captured_size, captured_step, eager_step, power_of_two
@@ -69,6 +69,7 @@ class CudaSession:
         self.vocab_size = engine.vocab_size
         count = self._place_pools(manifest, blocks, fill)
         self.limits = dataclasses.replace(engine.limits, max_blocks=count)
+        self.rope_tables = manifest.abi.rope_tables
         if fill is not None:
             device.fill(engine.arena, fill, engine.arena_size, self._stream)
         engine.link()
@@ -109,6 +110,10 @@ class CudaSession:
         """Run one batch; logits [R, vocab] float32. R may be 0."""
         return self.submit(batch).result()
 
+    def reserve(self, slots: int) -> bool:
+        """Whether there is room for so many slots; see ``zoo.runtime.abi.SamplingSession``."""
+        return self._engine.adjusts and self._engine.slots.reserve(slots, self._stream)
+
     def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
         """Queue a step; see ``zoo.runtime.abi.SamplingSession``."""
         assert self._open, "the session is closed"
@@ -124,6 +129,8 @@ class CudaSession:
         else:
             step = eager_step(batch, sampling, self.limits, self._engine)
         self._engine.inputs.send(slot, step.arrays, self._stream)
+        if sampling is not None and sampling.adjusting is not None:
+            self._engine.slots.start(slot, sampling.adjusting.started, self._stream)
         if size:
             self._replay(step)
         else:
@@ -138,15 +145,16 @@ class CudaSession:
         numbers = engine.symbols.set(step.sizes)
         engine.programs["resolve"].run(numbers, self._stream)
         engine.programs["graph"].run(numbers, self._stream)
-        if step.chooser:
-            engine.programs[step.chooser].run(numbers, self._stream)
+        for name in (*step.adjusting, step.chooser):
+            if name:
+                engine.programs[name].run(numbers, self._stream)
 
     def _replay(self, step: Step) -> None:
         """The captured graph of a step's sizes; the first such step is launched as it is, and captured for the next.
 
         A graph that the GPU has no memory for is done without, and so are those beyond ``GRAPHS``.
         """
-        key = (step.chooser, *step.sizes.values())
+        key = step.key
         graph = self._graphs.get(key)
         if graph:
             try:
@@ -219,6 +227,16 @@ class CudaSession:
         for array in (ids, batch.positions, batch.query_starts, batch.kv_lengths, rows, table):
             assert array.dtype == np.int32, f"an array of {array.dtype}, the ABI says int32"
         assert sampling is None or len(sampling.rows) == len(rows), "sampling records for another number of rows"
+        if sampling is not None and sampling.adjusting is not None:
+            self._check_slots(sampling.rows["flags"] >> SLOT_SHIFT, sampling.adjusting, sequences)
+
+    def _check_slots(self, rows: Array, adjusting: Adjusting, sequences: int) -> None:
+        made = self._engine.slots.made
+        assert rows.min(initial=0) >= 0 and rows.max(initial=0) <= made, "a row with a slot that nobody reserved"
+        assert all(0 < slot <= made for slot, _ in adjusting.started), "a slot begins that nobody reserved"
+        if (counted := adjusting.counted) is not None:
+            assert counted.dtype == np.int32 and counted.shape == (sequences,), "slots of other sequences"
+            assert counted.min() >= 0 and counted.max() <= made, "a sequence with a slot that nobody reserved"
 
 
 class Ticket:
