@@ -161,7 +161,7 @@ def test_a_mask_without_a_window_is_a_miss() -> None:
     graph = attention_graph(WINDOW)
     graph.layers = attention_graph(attention_spec(4, 2, 8, softcap=3.0)).layers
     report = InsertPagedAttention().apply(graph, PassContext(build_spec(WINDOW), CPU))
-    assert [miss.reason for miss in report.misses] == ["it has a mask, but the layer table says no window"]
+    assert [miss.reason for miss in report.misses] == ["it has a mask, but the layer table says no window, sinks or alibi"]
 
 
 def test_a_head_that_is_no_linear_layer_is_a_miss() -> None:

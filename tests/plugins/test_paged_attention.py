@@ -1,4 +1,5 @@
-"""ZooPagedAttention: body, loop and padded lowering give what a float64 reference gives, whatever the batch and the pools hold.
+"""ZooPagedAttention and its variants: body, loop and padded lowering give what a float64 reference gives, whatever the batch and
+the pools hold.
 
 Errors are relative to the largest logit: 1e-5 in float32, 1e-2 in float16.
 """
@@ -21,7 +22,7 @@ from ragged import Ragged, Traffic, build_spec, engine_limits
 from zoo.passes.frame import PassContext
 from zoo.passes.lower_attention import LowerAttention
 from zoo.passes.paged_attention import InsertPagedAttention
-from zoo.plugins.paged_attention import PLUGIN
+from zoo.plugins.paged_attention import PLUGIN, PLUGINS
 from zoo.runtime import indices
 from zoo.spec import Limits, ModelSpec
 from zoo.targets import TARGETS
@@ -36,6 +37,15 @@ SHAPES = {
     "window-of-one": attention_spec(2, 1, 4, window=1),
     "softcap": attention_spec(4, 1, 8, softcap=1.5),
     "window-softcap": attention_spec(6, 3, 7, window=9, softcap=2.0),
+    "sinks": attention_spec(4, 2, 8, sinks=True),
+    "window-sinks": attention_spec(6, 2, 8, window=5, sinks=True),
+    "softcap-sinks": attention_spec(3, 1, 7, softcap=2.0, sinks=True),
+    "slopes": attention_spec(6, 2, 8, alibi=True),
+    "window-softcap-slopes": attention_spec(4, 4, 5, window=7, softcap=1.5, alibi=True),
+}
+PLUGIN_OF = {
+    name: PLUGINS["ZooPagedAttention" + ("Sinks" if spec.sinks else "Slopes" if spec.position == "alibi" else "")]
+    for name, spec in SHAPES.items()
 }
 
 
@@ -48,7 +58,7 @@ def engine(spec: ModelSpec, kind: str, dtype: str = "float32", limits: Limits = 
     if kind != "body":
         target = dataclasses.replace(TARGETS["onnxruntime"], attention=kind)
         LowerAttention().apply(graph, PassContext(build, target))
-    weights = {name: array.astype(dtype) for name, array in arrays.items()}
+    weights = {name: array.astype(graph.weights[name].dtype) for name, array in arrays.items() if name in graph.weights}
     return Ragged(graph, weights, engine_limits(build.limits)), arrays
 
 
@@ -95,13 +105,14 @@ def test_prefill_chunks_decode_and_mixed_batches(shape: str, kind: str) -> None:
     assert_close(got, want["b"][5:33])
 
 
+@pytest.mark.parametrize("shape", ["grouped", "sinks", "slopes"])
 @pytest.mark.parametrize("together", [0, indices.TOGETHER])
-def test_decode_in_a_loop_and_all_at_once(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_in_a_loop_and_all_at_once(together: int, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both branches of the loop lowering, at every length up to and over block borders, beside neighbours of other lengths."""
     monkeypatch.setattr(indices, "TOGETHER", together)
-    ragged, arrays = fresh("grouped", "loop")
+    ragged, arrays = fresh(shape, "loop")
     texts = {name: ids(24, seed) for seed, name in enumerate("abc")}
-    want = {name: logits_of(arrays, SHAPES["grouped"], tokens) for name, tokens in texts.items()}
+    want = {name: logits_of(arrays, SHAPES[shape], tokens) for name, tokens in texts.items()}
     traffic = Traffic(ragged)
     done = {"a": 12, "b": 9, "c": 8}
     traffic.step({name: texts[name][:count] for name, count in done.items()})
@@ -200,7 +211,7 @@ def test_prompts_longer_than_a_tile() -> None:
     assert_close(got, np.concatenate([want, want[:70]]))
 
 
-@pytest.mark.parametrize("shape", ["grouped", "window-softcap"])
+@pytest.mark.parametrize("shape", ["grouped", "window-softcap", "window-sinks", "slopes"])
 def test_padded_lowering_in_half_precision(shape: str) -> None:
     """The bytes that a GPU compiler gets, in the compute type it gets."""
     ragged, arrays = engine(SHAPES[shape], "padded", "float16")
@@ -220,23 +231,54 @@ def test_the_tests_notice_a_wrong_window() -> None:
     assert np.abs(got - wrong).max() > 1e-2 * np.abs(wrong).max()
 
 
+@pytest.mark.parametrize("shape", ["sinks", "slopes"])
+def test_the_tests_notice_wrong_sinks_and_slopes(shape: str) -> None:
+    """So is it for one head's number moved by a tenth."""
+    ragged, arrays = fresh(shape, "loop")
+    a, name = ids(20), "layer.0.sinks" if shape == "sinks" else "alibi.slopes"
+    got = Traffic(ragged).step({"a": a})
+    for head in range(SHAPES[shape].num_heads):
+        moved = arrays[name].copy()
+        moved[head] += 0.1
+        wrong = logits_of(arrays | {name: moved}, SHAPES[shape], a)[-1:]
+        assert np.abs(got - wrong).max() > 1e-4 * np.abs(wrong).max()
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_sinks_far_from_the_scores(kind: str) -> None:
+    """So far below that they take nothing, and so far above that nothing is left; nothing overflows."""
+    ragged, arrays = engine(SHAPES["sinks"], kind)
+    a = ids(11)
+    for sinks in (np.array([-1e4, 0, -300, 80]), np.array([300, -1e4, 1e4, 80])):
+        given = arrays | {"layer.0.sinks": sinks.astype(np.float32)}
+        ragged.weights["layer.0.sinks"] = ort_value(given["layer.0.sinks"])
+        traffic = Traffic(ragged)
+        want = logits_of(given, SHAPES["sinks"], a)
+        assert_close(traffic.step({"a": a[:8]}, rows=range(8)), want[:8])
+        for step in range(8, 11):
+            assert_close(traffic.step({"a": a[step : step + 1]}), want[step : step + 1])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["loop", "padded"])
 def test_functions_are_valid_and_named_for_what_they_are(shape: str, name: str) -> None:
     spec = SHAPES[shape]
     attrs = {"window": spec.window, "softcap": spec.softcap}
-    function = PLUGIN.lowerings[name].function(attrs)
+    lowering = PLUGIN_OF[shape].lowerings[name]
+    function = lowering.function(attrs)
     onnx.checker.check_function(function)
     assert ("Window" in function.name, "Softcap" in function.name) == (spec.window > 0, spec.softcap > 0)
-    assert list(function.input) == list(PLUGIN.lowerings[name].inputs) and list(function.output) == ["out", "kv_out"]
+    assert ("Sinks" in function.name, "Slopes" in function.name) == (spec.sinks, spec.position == "alibi")
+    assert list(function.input) == list(lowering.inputs) and list(function.output) == ["out", "kv_out"]
     assert [n.op_type for n in function.node].count("ScatterND") == 1
     scatter = next(n for n in function.node if n.op_type == "ScatterND")
     assert (scatter.input[0], scatter.output[0]) == ("kv", "kv_out")
 
 
-def test_a_step_does_not_copy_the_pool() -> None:
+@pytest.mark.parametrize("option", ["none", "sinks", "alibi"])
+def test_a_step_does_not_copy_the_pool(option: str) -> None:
     """With the pool bound to both sides, the quickest decode step is far below what copying 256 MB takes (25 ms and more)."""
-    spec = attention_spec(4, 4, 64)
+    spec = attention_spec(4, 4, 64, sinks=option == "sinks", alibi=option == "alibi")
     limits = Limits(max_tokens=8, max_sequences=1, block_size=16, max_context=64, max_blocks=8192)
     ragged, _ = engine(spec, "loop", limits=limits)
     pool = ort_value(ragged.pools["kv.0"])
@@ -259,6 +301,8 @@ def test_a_step_does_not_copy_the_pool() -> None:
     assert min(seconds) < 0.01
 
 
-def test_index_inputs_have_builders() -> None:
-    for lowering in PLUGIN.lowerings.values():
-        assert {extra.name for extra in lowering.index_inputs} <= set(indices.INDEX_BUILDERS)
+def test_index_inputs_have_builders_and_are_those_of_the_plain_op() -> None:
+    for plugin in PLUGINS.values():
+        for name, lowering in plugin.lowerings.items():
+            assert {extra.name for extra in lowering.index_inputs} <= set(indices.INDEX_BUILDERS)
+            assert lowering.index_inputs == PLUGIN.lowerings[name].index_inputs

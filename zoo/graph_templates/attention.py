@@ -175,7 +175,7 @@ def sink_mask(b: Builder, i: int, window: int, shared: Shared) -> gs.Variable:
     heads, key = b.model.num_heads, ("sinks", window)
     if key not in shared.masks:
         name = f"sinks.{window}"
-        seen = b.node("GreaterOrEqual", f"{name}.causal", [distance(b, shared), b.constant("window.zero64", 0)], SQUARE, "bool")
+        seen = b.node("GreaterOrEqual", f"{name}.causal", [distance(b, shared), b.constant(f"{name}.zero", 0)], SQUARE, "bool")
         if window:
             seen = b.node("And", f"{name}.seen", [seen, window_mask(b, window, shared)], SQUARE, "bool")
         square = minus_infinity(b, f"{name}.square", seen, b.number("zero", 0.0), list(SQUARE))

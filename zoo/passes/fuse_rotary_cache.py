@@ -7,10 +7,11 @@
     becomes     qkv, tables, kv.{i} ─ ZooRotaryCache ─▶ q, kv_out.{i} ─ ZooCachedAttention ─▶ out
 
 ZooRotaryCacheNorm where heads are normed, ZooCacheWrite where nothing is rotated; a (norm) is Reshape, RMSNormalization,
-Reshape. If one ZooQuantizeFp8 alone reads ``out``, attention writes float8 itself (ZooCachedAttentionOut8). Rotations read the
-engine's own ``positions``. The index inputs of both steps become inputs of the graph, behind the pools.
+Reshape. A variant of ZooPagedAttention becomes the same variant of ZooCachedAttention. If one ZooQuantizeFp8 alone reads
+``out``, attention writes float8 itself (ZooCachedAttentionOut8). Rotations read the engine's own ``positions``. The index
+inputs of both steps become inputs of the graph, behind the pools.
 
-All layers are rewritten or none: a target with kernels has none for ZooPagedAttention.
+All layers are rewritten or none: a target with kernels has none for ZooPagedAttention and its variants.
 
 H heads, K key/value heads, D head size.
 """
@@ -29,7 +30,8 @@ from zoo.passes.cuda_fp8 import output_ids, replace_nodes, rounding_of
 from zoo.passes.frame import Pass, PassContext
 from zoo.plugins import cached_attention, rotary_cache
 from zoo.plugins.contract import Plugin
-from zoo.plugins.paged_attention import PLUGIN as PAGED
+from zoo.plugins.paged_attention import PLUGINS as PAGED
+from zoo.plugins.paged_attention import variant_of
 from zoo.spec import BuildSpec
 from zoo.targets import Target
 
@@ -44,7 +46,7 @@ class FuseRotaryCache(Pass):
     phase = "lowering"
 
     def wanted(self, build: BuildSpec, target: Target) -> bool:
-        return target.kernels
+        return target.kernels and build.model.template == "decoder"  # an encoder has no cache, and rotates by itself
 
     def demanded(self, build: BuildSpec, target: Target) -> bool:
         return True
@@ -57,8 +59,8 @@ class FuseRotaryCache(Pass):
         return fuse_rotary_cache(graph)
 
     def ensures(self, graph: ModelGraph, ctx: PassContext) -> None:
-        if left := [node.name for node in graph.graph.nodes if node.op == PAGED.op]:
-            raise PassError(f"{PAGED.op} nodes are left: {', '.join(left[:5])}")
+        if left := [node for node in graph.graph.nodes if node.op in PAGED]:
+            raise PassError(f"{left[0].op} nodes are left: {', '.join(node.name for node in left[:5])}")
 
 
 @dataclass
@@ -85,10 +87,11 @@ class Match:
 def fuse_rotary_cache(graph: ModelGraph) -> PassReport:
     """The pass itself; it asks nothing of the build."""
     report = PassReport(FuseRotaryCache.name)
-    kept, positions = output_ids(graph), graph.variable("positions")
+    kept = output_ids(graph)
+    positions = next((variable for variable in graph.data_inputs if variable.name == "positions"), None)
     matches: list[Match] = []
     for node in graph.graph.nodes:
-        if node.op == PAGED.op:
+        if node.op in PAGED:
             matched = match(graph, node, kept, positions)
             if isinstance(matched, str):
                 report.misses.append(Miss(node.name, matched))
@@ -113,18 +116,18 @@ def fuse_rotary_cache(graph: ModelGraph) -> PassReport:
             report.counts[node.op] = report.counts.get(node.op, 0) + 1
     replace_nodes(graph, instead, gone)
     remove_dead(graph)
-    graph.functions.pop(PAGED.op, None)
+    graph.functions = {op: function for op, function in graph.functions.items() if op not in PAGED}
     return report
 
 
-def match(graph: ModelGraph, node: gs.Node, kept: set[int], positions: gs.Variable) -> Match | str:
-    """A ZooPagedAttention with all that leads to it from a fused linear layer, or the reason why it is not that.
+def match(graph: ModelGraph, node: gs.Node, kept: set[int], positions: gs.Variable | None) -> Match | str:
+    """A node of ``PAGED`` with all that leads to it from a fused linear layer, or the reason why it is not that.
 
     kept       ``output_ids`` of the graph
-    positions  the engine's input [T]
+    positions  the engine's input [T]; None where the graph has none, so that nothing may be rotated
     """
     heads, kv_heads, size = (int(node.attrs[key]) for key in ("num_heads", "kv_heads", "head_dim"))
-    inputs = dict(zip((port.name for port in PAGED.inputs), node.inputs, strict=True))
+    inputs = dict(zip((port.name for port in PAGED[node.op].inputs), node.inputs, strict=True))
     q, k = _path(inputs["q"], heads, size), _path(inputs["k"], kv_heads, size)
     if isinstance(q, str) or isinstance(k, str):
         return q if isinstance(q, str) else str(k)
@@ -141,7 +144,7 @@ def match(graph: ModelGraph, node: gs.Node, kept: set[int], positions: gs.Variab
         if len(tensor.outputs) != 1:
             return f"{len(tensor.outputs)} nodes read {tensor.name}"
     attrs: dict[str, int | float] = {key: node.attrs[key] for key in ("num_heads", "kv_heads", "head_dim", "block_size")}
-    given = inputs | {"qkv": split.inputs[0], "positions": positions}
+    given = inputs | {"qkv": split.inputs[0]} | ({} if positions is None else {"positions": positions})
     for reason in (_rotation(q, k, size, attrs, given), _head_norm(graph, q, k, size, attrs, given)):
         if reason:
             return reason
@@ -202,7 +205,7 @@ def _rotation(q: Path, k: Path, size: int, attrs: dict[str, int | float], given:
     _, cos, sin, raw = q.rotary.inputs
     while (node := _producer(raw)) is not None and node.op in ("Cast", "Unsqueeze"):
         raw = node.inputs[0]
-    if raw is not given["positions"]:
+    if raw is not given.get("positions"):
         return f"{q.rotary.name} reads positions from {raw.name}, not the engine's own"
     attrs |= {"rotary_dim": kinds[0][0], "interleaved": kinds[0][1]}
     given |= {"cos": cos, "sin": sin}
@@ -244,7 +247,8 @@ def _split(graph: ModelGraph, matched: Match, rounding: gs.Node | None) -> list[
     detach(matched.nodes)
     name = f"{attention.name.removesuffix('.attention')}.cache"
     queries = gs.Variable(f"{name}.out", given["q"].dtype, list(given["q"].shape) if given["q"].shape else None)
-    write, attend = matched.write, cached_attention.PLUGINS[cached_attention.op_name(False, rounding is not None)]
+    op = cached_attention.op_name(False, rounding is not None, variant_of(attention.op))
+    write, attend = matched.write, cached_attention.PLUGINS[op]
     graph.functions |= {plugin.op: plugin.body for plugin in (write, attend)}
     written = write.node(name, [given[port.name] for port in write.inputs], [queries, pool], **matched.attrs)
     given |= {"q": queries, "kv": pool}

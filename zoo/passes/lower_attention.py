@@ -1,4 +1,5 @@
-"""Lowering of ``ZooPagedAttention`` to what the target runs well: ``Target.attention`` names it.
+"""Lowering of ``ZooPagedAttention`` and its variants, and of ``ZooPackedAttention``, to what the target runs well:
+``Target.attention`` names it.
 
     q, k, v, kv, tables ─ ZooPagedAttention ─▶   becomes   q, k, v, kv, index inputs ─ ZooPagedAttentionLoop ─▶
 
@@ -15,13 +16,17 @@ from zoo.graph import ONNX_TYPES, ModelGraph, PassReport
 from zoo.passes.clean import detach
 from zoo.passes.frame import Pass, PassContext
 from zoo.plugins.contract import DOMAIN, Lowering
+from zoo.plugins.packed_attention import PLUGIN as PACKED
 from zoo.plugins.paged_attention import PLUGIN
+from zoo.plugins.paged_attention import PLUGINS as PAGED
 from zoo.spec import BuildSpec
 from zoo.targets import Target
 
+PLUGINS = {**PAGED, PACKED.op: PACKED}
+
 
 class LowerAttention(Pass):
-    """Replace every ZooPagedAttention node by the target's lowering. Count: the op types it writes."""
+    """Replace every node of these ops by the target's lowering. Count: the op types it writes."""
 
     name = "lower_attention"
     phase = "lowering"
@@ -38,23 +43,25 @@ class LowerAttention(Pass):
             raise PassError("it starts from a graph with paged attention")
 
     def apply(self, graph: ModelGraph, ctx: PassContext) -> PassReport:
-        return lower_attention(graph, PLUGIN.lowerings[ctx.target.attention])
+        return lower_attention(graph, ctx.target.attention)
 
     def ensures(self, graph: ModelGraph, ctx: PassContext) -> None:
-        if left := [node.name for node in graph.graph.nodes if node.op == PLUGIN.op]:
-            raise PassError(f"{PLUGIN.op} nodes are left: {', '.join(left)}")
+        if left := [node for node in graph.graph.nodes if node.op in PLUGINS]:
+            raise PassError(f"{left[0].op} nodes are left: {', '.join(node.name for node in left)}")
 
 
-def lower_attention(graph: ModelGraph, lowering: Lowering) -> PassReport:
-    """The pass itself."""
+def lower_attention(graph: ModelGraph, kind: str) -> PassReport:
+    """The pass itself. ``kind``: which of the lowerings."""
     report = PassReport(LowerAttention.name)
     index: dict[str, gs.Variable] = {}
     for place, node in enumerate(graph.graph.nodes):
-        if node.op != PLUGIN.op:
+        if node.op not in PLUGINS:
             continue
+        plugin = PLUGINS[node.op]
+        lowering = plugin.lowerings[kind]
         if not index:
             index = _index_inputs(graph, lowering)
-        given = dict(zip((port.name for port in PLUGIN.inputs), node.inputs, strict=True)) | index
+        given = dict(zip((port.name for port in plugin.inputs), node.inputs, strict=True)) | index
         function = lowering.function(node.attrs)
         assert list(function.input) == list(lowering.inputs)
         lowered = gs.Node(
@@ -71,8 +78,8 @@ def lower_attention(graph: ModelGraph, lowering: Lowering) -> PassReport:
         graph.functions.setdefault(function.name, function)
         report.counts[function.name] = report.counts.get(function.name, 0) + 1
     if report.changed:
-        del graph.functions[PLUGIN.op]
-        _import_domains(graph, lowering.domains)
+        graph.functions = {op: function for op, function in graph.functions.items() if op not in PLUGINS}
+        _import_domains(graph, PLUGIN.lowerings[kind].domains)
     return report
 
 

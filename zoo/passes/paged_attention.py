@@ -4,16 +4,14 @@
     q, k, v (, mask) ─ Attention ─▶      becomes   q, k, v, kv.{i}, tables ─ ZooPagedAttention ─▶ out, kv_out.{i}
     x ─ final norm ─ lm_head ─▶          becomes   x ─ Squeeze ─ Gather logit_rows ─ final norm ─ lm_head ─▶ logits [R, V]
 
-Windows and soft caps come from the layer table; an Attention node that disagrees with its row of the table is a miss, and
-with any miss nothing is rewritten. Masks fall away with the nodes that made them.
+Windows, soft caps, sinks and slopes come from the layer table (``zoo.passes.attention_nodes``); an Attention node that disagrees
+with its row of the table is a miss, and with any miss nothing is rewritten. Masks fall away with the nodes that made them.
 
 T tokens, B sequences, P blocks a sequence, R rows of logits, V vocabulary, E hidden.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,23 +20,25 @@ import onnx_graphsurgeon as gs
 
 from zoo.errors import PassError
 from zoo.graph import ONNX_TYPES, LayerInfo, Miss, ModelGraph, PassReport
+from zoo.passes.attention_nodes import LayerAttention, match
 from zoo.passes.clean import detach, remove_dead
 from zoo.passes.frame import Pass, PassContext
-from zoo.plugins.paged_attention import PLUGIN
 from zoo.spec import BuildSpec, Limits
 from zoo.targets import Target
 from zoo.weights.recipe import Recipe, Weight
 
 NORMS = ("RMSNormalization", "LayerNormalization")
-ATTENTION = re.compile(r"layer\.(\d+)\.attention")
 INT32 = ONNX_TYPES["int32"]
 
 
 class InsertPagedAttention(Pass):
-    """Give the graph the engine's inputs and outputs. Counts: ``ZooPagedAttention``, ``masks``."""
+    """Give the graph the engine's inputs and outputs. Counts: the ops it writes, ``masks``."""
 
     name = "paged_attention"
     phase = "paged attention"
+
+    def wanted(self, build: BuildSpec, target: Target) -> bool:
+        return build.model.template == "decoder"  # encoders: ``zoo.passes.packed_attention``
 
     def demanded(self, build: BuildSpec, target: Target) -> bool:
         return True
@@ -46,8 +46,8 @@ class InsertPagedAttention(Pass):
     def requires(self, graph: ModelGraph, ctx: PassContext) -> None:
         if graph.ragged:
             return
-        names = [variable.name for variable in graph.data_inputs]
-        if names != ["token_ids", "positions"] or [output.name for output in graph.graph.outputs] != ["logits"]:
+        names, made = [one.name for one in graph.data_inputs], [one.name for one in graph.graph.outputs]
+        if names not in (["token_ids", "positions"], ["token_ids"]) or made != ["logits"]:
             raise PassError(f"it starts from inputs token_ids, positions and the output logits, not from {', '.join(names)}")
 
     def apply(self, graph: ModelGraph, ctx: PassContext) -> PassReport:
@@ -62,12 +62,14 @@ class InsertPagedAttention(Pass):
             return report
         inputs = RaggedInputs(graph, ctx.build.limits)
         inputs.add_tokens(graph)
-        for attention, layer in matches:
-            _replace(graph, attention, layer, inputs)
+        for one in matches:
+            _replace(graph, one, inputs)
         _gather_rows(graph, head, inputs.logit_rows)
         _lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
-        report.counts = {PLUGIN.op: len(matches), "masks": sum(bool(layer.window) for layer in graph.layers)}
-        graph.functions[PLUGIN.op] = PLUGIN.body
+        ops = [one.plugin.op for one in matches]
+        masks = sum(bool(layer.window or layer.sinks or layer.alibi) for layer in graph.layers)
+        report.counts = {op: ops.count(op) for op in dict.fromkeys(ops)} | {"masks": masks}
+        graph.functions |= {one.plugin.op: one.plugin.body for one in matches}
         remove_dead(graph)
         inputs.order(graph)
         _reshape(graph, head)
@@ -95,50 +97,6 @@ def _lengthen_rotary_tables(graph: ModelGraph, rows: int) -> None:
         if kind in ("rope_cos", "rope_sin") and weight.shape[0] < rows:
             recipe = Recipe("computed", (rows, *weight.shape[1:]), (), (kind, params))
             graph.replace_weight(graph.variable(weight.name), Weight(weight.name, weight.dtype, recipe))
-
-
-def match(graph: ModelGraph) -> tuple[list[tuple[gs.Node, LayerInfo]], list[Miss]]:
-    """Each layer's Attention node, in order of the table, and what disagrees with the table."""
-    found: dict[int, gs.Node] = {}
-    misses: list[Miss] = []
-    for node in graph.graph.nodes:
-        if node.op != "Attention":
-            continue
-        name = ATTENTION.fullmatch(node.name)
-        if name is None or int(name[1]) >= len(graph.layers):
-            misses.append(Miss(node.name, f"it is not layer.0.attention to layer.{len(graph.layers) - 1}.attention"))
-            continue
-        layer = graph.layers[int(name[1])]
-        if reason := disagreement(node, layer):
-            misses.append(Miss(node.name, reason))
-        found[layer.index] = node
-    misses += [
-        Miss(f"layer.{layer.index}.attention", "there is no such Attention node")
-        for layer in graph.layers
-        if layer.index not in found
-    ]
-    return [(found[layer.index], layer) for layer in graph.layers if layer.index in found], misses
-
-
-def disagreement(node: gs.Node, layer: LayerInfo) -> str:
-    """How an Attention node differs from its row of the layer table; "" if it does not."""
-    expected = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "is_causal": 1}
-    for key, value in expected.items():
-        if node.attrs.get(key, 0) != value:
-            return f"{key} is {node.attrs.get(key, 0)}, the layer table says {value}"
-    for key, number, default in (("scale", layer.scale, layer.head_dim**-0.5), ("softcap", layer.softcap, 0.0)):
-        if not math.isclose(node.attrs.get(key, default), number, rel_tol=1e-6):
-            return f"{key} is {node.attrs.get(key, default)}, the layer table says {number}"
-    if extra := sorted(set(node.attrs) - {*expected, "scale", "softcap"}):
-        return f"it has the attributes {', '.join(extra)}, which paged attention does not know"
-    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-    if len(inputs) not in (3, 4) or len(node.outputs) != 1:
-        return "it has a cache of its own (more than q, k, v and a mask in, or more than one output)"
-    if layer.window and len(inputs) == 3:
-        return f"the layer table says window {layer.window}, but it has no mask"
-    if not layer.window and len(inputs) == 4:
-        return "it has a mask, but the layer table says no window"
-    return ""
 
 
 @dataclass
@@ -185,10 +143,15 @@ class RaggedInputs:
         return gs.Variable(name, ONNX_TYPES[graph.dtype], [self.blocks, 2, self.block_size, layer.kv_heads, layer.head_dim])
 
     def add_tokens(self, graph: ModelGraph) -> None:
-        """Cast and unsqueeze token_ids and positions once: the old inputs become [1, T] tensors."""
+        """Cast and unsqueeze token_ids and positions once: the old inputs become [1, T] tensors.
+
+        A graph that asks for no positions gets the engine's all the same, which nothing reads.
+        """
         axis = gs.Constant("ragged.axis", np.array([0], np.int64))
         nodes: list[gs.Node] = []
-        for old, new in zip(graph.data_inputs, (self.token_ids, self.positions), strict=True):
+        new_inputs = {new.name: new for new in (self.token_ids, self.positions)}
+        for old in graph.data_inputs:
+            new = new_inputs[old.name]
             wide = gs.Variable(f"{new.name}.int64", ONNX_TYPES["int64"], ["T"])
             old.name = f"{new.name}.row"
             nodes.append(gs.Node("Cast", f"{new.name}.cast", {"to": int(onnx.TensorProto.INT64)}, [new], [wide]))
@@ -202,15 +165,15 @@ class RaggedInputs:
         graph.graph.inputs = [*first, *self.pools.values(), *graph.graph.inputs]
 
 
-def _replace(graph: ModelGraph, attention: gs.Node, layer: LayerInfo, inputs: RaggedInputs) -> None:
+def _replace(graph: ModelGraph, one: LayerAttention, inputs: RaggedInputs) -> None:
+    attention, layer = one.node, one.layer
     name, place = attention.name, _index(graph.graph.nodes, attention)
-    q, k, v = attention.inputs[:3]
     outputs = [attention.outputs[0], inputs.pool(f"kv_out.{layer.index}", graph, layer)]
     detach([attention])
-    pool = inputs.pools[layer.index]
-    graph.graph.nodes[place] = PLUGIN.node(
+    pool, per_head = inputs.pools[layer.index], [] if one.per_head is None else [one.per_head]
+    graph.graph.nodes[place] = one.plugin.node(
         name,
-        [q, k, v, pool, inputs.block_table, inputs.query_starts, inputs.kv_lengths],
+        [*one.inputs, pool, inputs.block_table, inputs.query_starts, inputs.kv_lengths, *per_head],
         outputs,
         num_heads=layer.heads,
         kv_heads=layer.kv_heads,

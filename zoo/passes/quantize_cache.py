@@ -16,6 +16,7 @@ from zoo.graph import Miss, ModelGraph, PassReport
 from zoo.passes.frame import Pass, PassContext
 from zoo.plugins import cached_attention, rotary_cache
 from zoo.plugins.contract import Plugin
+from zoo.plugins.paged_attention.body import VARIANTS
 from zoo.spec import BuildSpec
 from zoo.targets import Target
 from zoo.weights.recipe import Recipe, Weight, concat, scale
@@ -25,7 +26,11 @@ PLUGINS: dict[str, Plugin] = rotary_cache.PLUGINS | cached_attention.PLUGINS
 # op type -> the op for a float8 pool
 TWINS: dict[str, str] = {
     **{name: name + FP8 for name in rotary_cache.PLUGINS if not name.endswith(FP8)},
-    **{cached_attention.op_name(False, out8): cached_attention.op_name(True, out8) for out8 in (False, True)},
+    **{
+        cached_attention.op_name(False, out8, variant): cached_attention.op_name(True, out8, variant)
+        for variant in VARIANTS
+        for out8 in (False, True)
+    },
 }
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from zoo.plugins import cached_attention, fp8_gemm, fp8_linear, gated_activation, paged_attention, rms_norm, rotary_cache
+from zoo.plugins import (
+    cached_attention,
+    fp8_gemm,
+    fp8_linear,
+    gated_activation,
+    packed_attention,
+    paged_attention,
+    rms_norm,
+    rotary_cache,
+)
 from zoo.plugins.contract import Plugin
 
 PLUGINS: dict[str, Plugin] = {
-    "ZooPagedAttention": paged_attention.PLUGIN,
+    **paged_attention.PLUGINS,
+    "ZooPackedAttention": packed_attention.PLUGIN,
     "ZooFp8Linear": fp8_linear.PLUGIN,
     # what kernels of our own are made for: the passes of the cuda target put them in place of the two above
     "ZooQuantizeFp8": fp8_gemm.QUANTIZE_FP8,

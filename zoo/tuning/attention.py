@@ -126,6 +126,8 @@ def _load(bench: Bench, kernel: PlanKernel, name: str, sequences: Sequence[tuple
         "out_scale": bench.constant(0.011),
         "out": bench.allocate(tokens * heads * size * NUMPY[out].itemsize),
     }
+    if extra := str(constants.get("EXTRA", "")):
+        shared[extra] = bench.random(kernel.dtype("extra"), heads, 0.1, 3)
     limits = EngineLimits(tokens, len(sequences), len(sequences), int(used.max()) * block, int(1 + turns * used.sum()), block)
     sets, sizes = [], {}
     for table in tables:

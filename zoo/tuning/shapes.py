@@ -95,7 +95,7 @@ def attention_node(kernel: PlanKernel, limits: Mapping[str, int], sm: int, tunin
     constants = kernel.constants
     heads, size = constants["H"], constants["D"]
     pool, out = kernel.dtype("kv"), kernel.dtype("out")
-    fp8, out8 = pool == "float8e4m3", out == "float8e4m3"
+    fp8, out8, extra = pool == "float8e4m3", out == "float8e4m3", str(constants.get("EXTRA", ""))
     inputs = [
         TensorRef("q", kernel.dtype("q"), (1, "T", heads * size)),
         TensorRef("kv", pool, ("blocks", 2, constants["BLOCK_SIZE"], constants["K"], size)),
@@ -103,6 +103,7 @@ def attention_node(kernel: PlanKernel, limits: Mapping[str, int], sm: int, tunin
         TensorRef("query_starts", "int32", ("B+1",)),
         TensorRef("kv_lengths", "int32", ("B",)),
         TensorRef("prefill_tiles", "int32", ("W", 4)),
+        *([TensorRef(extra, kernel.dtype("extra"), (heads,))] if extra else []),
         *([TensorRef("kv_scale", "float32", (2,))] if fp8 else []),
         *([TensorRef("out_scale", "float32", ())] if out8 else []),
     ]
@@ -115,7 +116,7 @@ def attention_node(kernel: PlanKernel, limits: Mapping[str, int], sm: int, tunin
         "window": constants["WINDOW"],
         "softcap": constants["SOFTCAP"],
     }
-    op = "ZooCachedAttention" + "Fp8" * fp8 + "Out8" * out8
+    op = "ZooCachedAttention" + extra.title() + "Fp8" * fp8 + "Out8" * out8
     outputs = (TensorRef("out", out, (1, "T", heads * size)),)
     return CudaNode(op, "attention", attrs, tuple(inputs), outputs, sm, dict(limits), dict(tuning))
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import ArtifactError
+from zoo.weights.alibi import alibi_slopes
 
 Array = np.ndarray[Any, Any]
 
@@ -140,4 +141,5 @@ TABLES: dict[str, Callable[[tuple[int, ...], Mapping[str, Any]], Array]] = {
     "rope_cos": _rope(np.cos),  # [rows, rotary_dim / 2]
     "rope_sin": _rope(np.sin),
     "constant": _constant,
+    "alibi_slopes": alibi_slopes,  # [heads]
 }

@@ -14,11 +14,14 @@ from typing import Any
 from zoo.plugins.kernels import CudaNode, Kernel, Launch, Lower, Scratch, Size, TensorRef, fixed
 
 KERNELS = "zoo.plugins.cached_attention.kernels"
-OPS = ("ZooCachedAttention", "ZooCachedAttentionFp8", "ZooCachedAttentionOut8", "ZooCachedAttentionFp8Out8")
+VARIANTS = {"": "", "Sinks": "sinks", "Slopes": "slopes"}  # part of an op's name -> its input [H] and the kernels' EXTRA
+OPS = tuple("ZooCachedAttention" + variant + fp8 + out8 for variant in VARIANTS for fp8 in ("", "Fp8") for out8 in ("", "Out8"))
+GIVEN = ("q", "kv", "block_table", "query_starts", "kv_lengths", "prefill_tiles")
 TILE = 128  # queries of a prefill tile, at most; ``zoo.runtime.cuda_indices`` cuts by the same number
 PROGRAMS = 2048  # parts of contexts, over all key/value heads, that scratch has room for
 
 Constants = dict[str, int | float | bool | str]
+Args = dict[str, TensorRef | Scratch | Size]
 
 
 def lower(node: CudaNode) -> list[Launch]:
@@ -29,68 +32,65 @@ def lower(node: CudaNode) -> list[Launch]:
     ``decode_warps``, ``decode_stages``, ``decode_least`` (positions of a context's part, at least). For all shapes, or for those
     of one key under ``attention`` (``key_of``), which go before.
     """
-    given = [tensor for tensor in node.inputs if tensor is not None]
-    assert len(given) == 6 + node.op.endswith("Out8") + ("Fp8" in node.op), f"{node.name}: {len(given)} inputs"
-    q, kv, block_table, query_starts, kv_lengths, prefill_tiles, *scales = given
-    kv_scale = scales[0] if "Fp8" in node.op else kv_lengths  # what is not read still wants an argument
-    out_scale = scales[-1] if node.op.endswith("Out8") else kv_lengths
-    (out,) = node.outputs
+    extra = next((name for variant, name in VARIANTS.items() if variant and variant in node.op), "")
+    optional = [extra] * bool(extra) + ["kv_scale"] * ("Fp8" in node.op) + ["out_scale"] * node.op.endswith("Out8")
+    given: dict[str, TensorRef] = {}
+    for name, tensor in zip((*GIVEN, *optional), node.inputs, strict=True):
+        assert tensor is not None, f"{node.name}: {name} is missing"
+        given[name] = tensor
+    (given["out"],) = node.outputs
+    for name in ("kv_scale", "out_scale"):
+        given.setdefault(name, given["kv_lengths"])  # what is not read still wants an argument
     assert node.attrs["scale"] > 0, f"{node.name}: kernels look for the largest score before they scale it"
     heads, kv_heads, size = (int(node.attrs[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    choices = _choices(size, heads // kv_heads, kv.dtype == "float8e4m3", node.tuning)
+    choices = _choices(size, heads // kv_heads, given["kv"].dtype == "float8e4m3", node.tuning)
     block_d = max(32, _power_of_two(size))
-    width: tuple[str, TensorRef | Size] = ("table_width", _width(block_table, node))
+    width = {"table_width": _width(given["block_table"], node)}
     shape: Constants = {"H": heads, "K": kv_heads, "D": size, "BLOCK_SIZE": int(node.attrs["block_size"])}
     window = int(node.attrs["window"])
     bend: Constants = {"SCALE": float(node.attrs["scale"]), "WINDOW": window, "SOFTCAP": float(node.attrs["softcap"])}
+    bend["EXTRA"] = extra
+    per_head = given[extra] if extra else None
 
     block_m, block_n = choices["prefill_block_m"], choices["prefill_block_n"]
     parts = -(-TILE * (heads // kv_heads) // block_m)
     prefill = _launch(
         "prefill",
         (fixed(kv_heads * parts), Size("W"), fixed(1)),
-        [
-            *zip(("q", "kv", "block_table", "prefill_tiles"), (q, kv, block_table, prefill_tiles), strict=True),
-            *zip(("kv_scale", "out_scale", "out"), (kv_scale, out_scale, out), strict=True),
-            width,
-        ],
+        _pick(given, "q", "kv", "block_table", "prefill_tiles", "kv_scale", "out_scale", "out") | width,
+        per_head,
         shape | bend | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "PARTS": parts},
         choices["prefill_warps"],
         choices["prefill_stages"],
     )
 
     slots = slots_of(kv_heads)
-    partials = Scratch(f"{node.name}.partials", fixed(4 * slots * heads * size))
-    stats = Scratch(f"{node.name}.stats", fixed(4 * slots * heads))
+    scratch: Args = {
+        "partials": Scratch(f"{node.name}.partials", fixed(4 * slots * heads * size)),
+        "stats": Scratch(f"{node.name}.stats", fixed(4 * slots * heads)),
+    }
+    splits: Args = {"splits": Size("S")}
     block_n = choices["decode_block_n"]
     split: Constants = {"LEAST": max(block_n, choices["decode_least"] // block_n * block_n), "SLOTS": slots}
     decode = _launch(
         "decode",
         (fixed(kv_heads), Size("S"), Size("B")),
-        [
-            *zip(("q", "kv", "block_table"), (q, kv, block_table), strict=True),
-            *zip(("query_starts", "kv_lengths"), (query_starts, kv_lengths), strict=True),
-            *zip(("kv_scale", "out_scale", "out"), (kv_scale, out_scale, out), strict=True),
-            ("partials", partials),
-            ("stats", stats),
-            width,
-            ("splits", Size("S")),
-        ],
+        _pick(given, "q", "kv", "block_table", "query_starts", "kv_lengths", "kv_scale", "out_scale", "out")
+        | scratch
+        | width
+        | splits,
+        per_head,
         shape | bend | {"COLS": max(8, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n, "BLOCK_D": block_d} | split,
         choices["decode_warps"],
         choices["decode_stages"],
     )
+    whole: Constants = {"H": heads, "D": size, "WINDOW": window, "EXTRA": extra if extra == "sinks" else ""}
     merge = _launch(
         "merge",
         (fixed(heads), Size("B"), Size("J")),
-        [
-            ("partials", partials),
-            ("stats", stats),
-            *zip(("query_starts", "kv_lengths"), (query_starts, kv_lengths), strict=True),
-            *zip(("out_scale", "out"), (out_scale, out), strict=True),
-            ("splits", Size("S")),
-        ],
-        {"H": heads, "D": size, "WINDOW": window, "BLOCK_N": block_n, "BLOCK_D": block_d} | split | {"BLOCK_S": 16},
+        scratch | _pick(given, "query_starts", "kv_lengths", "out_scale", "out") | splits,
+        per_head if extra == "sinks" else None,
+        whole | {"BLOCK_N": block_n, "BLOCK_D": block_d} | split | {"BLOCK_S": 16},
         1,
         1,
     )
@@ -135,16 +135,24 @@ def _width(block_table: TensorRef, node: CudaNode) -> Size:
     return Size("P") if columns == "P" else fixed(int(columns))
 
 
+def _pick(given: Mapping[str, TensorRef], *names: str) -> Args:
+    return {name: given[name] for name in names}
+
+
 def _launch(
     function: str,
     grid: tuple[Size, Size, Size],
-    args: list[tuple[str, TensorRef | Scratch | Size]],
+    args: Args,
+    per_head: TensorRef | None,
     constants: Constants,
     warps: int,
     stages: int,
 ) -> Launch:
+    """``per_head`` is the kernel's last argument, ``extra``; a constant, where there is none."""
+    args = args | ({} if per_head is None else {"extra": per_head})
+    constants = ({"extra": 0} if per_head is None else {}) | constants
     types, values = [], []
-    for name, arg in args:
+    for name, arg in args.items():
         types.append((name, arg.pointer if isinstance(arg, TensorRef) else "*fp32" if isinstance(arg, Scratch) else "i32"))
         values.append(arg.name if isinstance(arg, TensorRef) else arg)
     kernel = Kernel(f"{KERNELS}:{function}", tuple(types), tuple(constants.items()), warps, stages, overlaps=True)

@@ -13,6 +13,12 @@ read the last visible one, which is as finite as the sequence is; no load needs 
 
 Scores are kept in units of log2: softmax is exp2(score * factor - largest), factor = scale * log2(e).
 
+EXTRA says what ``extra`` [H] is, and so which variant a kernel is:
+
+    ""        nothing; not an argument at all
+    "sinks"   one more score for each head. It only enters the sum of weights, once: behind the loop, or in the merge
+    "slopes"  float32; a head's score falls by it for each position of distance, which is counted in whole numbers
+
 Float8 pools are multiplied in float16, which holds every float8e4m3 exactly and converts in one instruction for two values;
 bfloat16 would take four. Queries are divided by a power of two on the way, so that none is too large for float16.
 """
@@ -57,18 +63,26 @@ def _unit(queries, axis: tl.constexpr):
 
 
 @triton.jit
-def _weigh(scores, seen, factor, most, axis: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def _weigh(
+    scores, apart, slope, seen, factor, most, axis: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, EXTRA: tl.constexpr,
+):  # fmt: skip
     """Weights of scores, not yet divided by their sum; by how much earlier weights fade; the largest score so far.
 
-    ``factor`` takes scores to log2 units. A soft cap bends them: cap * tanh(score / cap).
+    ``factor`` takes scores to log2 units. A soft cap bends them: cap * tanh(score / cap). ``apart``: how far positions lie behind
+    their query, below 0; ``slope``: by how much scores fall for each of these, in log2 units.
     """
     if SOFTCAP > 0:
         power = tl.exp2(scores * factor * (2.0 / SOFTCAP))
         scores = (1.0 - 2.0 / (1.0 + power)) * (SOFTCAP * LOG2E)
+    if EXTRA == "slopes":
+        if SOFTCAP == 0:
+            scores = scores * factor
+        scores += apart.to(tl.float32) * slope
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     largest = tl.max(scores, axis, keep_dims=True)
-    if SOFTCAP > 0:
+    if (SOFTCAP > 0) | (EXTRA == "slopes"):
         largest = tl.maximum(most, largest)
         weights = tl.exp2(scores - largest)
     else:
@@ -107,6 +121,12 @@ def _unpack(pairs):
 
 
 @triton.jit
+def _per_head(extra, heads):
+    """Sinks or slopes of ``heads``, in log2 units."""
+    return tl.load(extra + heads).to(tl.float32) * LOG2E
+
+
+@triton.jit
 def _store(at, values, live, scale):
     """Store an output: as it is, or as round8(values / scale)."""
     if at.dtype.element_ty == tl.float8e4nv:
@@ -117,8 +137,9 @@ def _store(at, values, live, scale):
 
 @triton.jit
 def _attend(
-    state, queries, factor, position, pool, pages, first, stop, last,
+    state, queries, factor, slope, position, pool, pages, first, stop, last,
     ROW: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Let queries [M, D] at ``position`` [M] see positions first to stop - 1; ``last`` is the last that any of them sees.
@@ -137,7 +158,8 @@ def _attend(
         seen = place[None, :] <= position[:, None]
         if WINDOW > 0:
             seen = seen & (place[None, :] > position[:, None] - WINDOW)
-        weights, fade, most = _weigh(scores, seen, factor, most, 1, SOFTCAP, MASKED)
+        apart = place[None, :] - position[:, None]
+        weights, fade, most = _weigh(scores, apart, slope, seen, factor, most, 1, SOFTCAP, MASKED, EXTRA)
         total = total * fade + tl.sum(weights, 1, keep_dims=True)
         sums = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), sums * fade)
     return sums, total, most
@@ -145,9 +167,9 @@ def _attend(
 
 @triton.jit
 def prefill(
-    q, kv, block_table, prefill_tiles, kv_scale, out_scale, out, table_width,
+    q, kv, block_table, prefill_tiles, kv_scale, out_scale, out, table_width, extra,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (K * PARTS, W): PARTS programs share the rows of a tile and key/value head. A tile without queries is passed over."""
@@ -178,6 +200,9 @@ def prefill(
         unit = _unit(exact, 1)
         q_tile = (exact / unit).to(tl.float16)
         factor *= unit * tl.load(kv_scale)
+    per_head = factor
+    if EXTRA != "":
+        per_head = _per_head(extra, head * G + row % G)[:, None]
 
     # Positions up to ``whole`` are seen by all rows; with a window, those from ``early`` on are still seen by all.
     last = first_position + tl.minimum((first_row + BLOCK_M - 1) // G, queries - 1)
@@ -190,19 +215,21 @@ def prefill(
         early = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         whole = tl.maximum(whole, early)
         state = _attend(
-            state, q_tile, factor, position, pool, pages, begin, tl.minimum(early, last + 1), last,
-            ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_N, BLOCK_D, True,
+            state, q_tile, factor, per_head, position, pool, pages, begin, tl.minimum(early, last + 1), last,
+            ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, EXTRA, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip
     else:
         early = 0
     state = _attend(
-        state, q_tile, factor, position, pool, pages, early, whole, last,
-        ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_N, BLOCK_D, False,
+        state, q_tile, factor, per_head, position, pool, pages, early, whole, last,
+        ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, EXTRA, BLOCK_N, BLOCK_D, False,
     )  # fmt: skip
-    sums, total, _ = _attend(
-        state, q_tile, factor, position, pool, pages, whole, last + 1, last,
-        ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_N, BLOCK_D, True,
+    sums, total, most = _attend(
+        state, q_tile, factor, per_head, position, pool, pages, whole, last + 1, last,
+        ROW, D, BLOCK_SIZE, WINDOW, SOFTCAP, EXTRA, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip
+    if EXTRA == "sinks":
+        total += tl.exp2(per_head - most)
     mean = sums / total
     if FP8:
         mean *= tl.load(kv_scale + 1)
@@ -221,9 +248,9 @@ def _part(context, splits, SLOTS: tl.constexpr, sequences, BLOCK_N: tl.constexpr
 
 @triton.jit
 def decode(
-    q, kv, block_table, query_starts, kv_lengths, kv_scale, out_scale, out, partials, stats, table_width, splits,
+    q, kv, block_table, query_starts, kv_lengths, kv_scale, out_scale, out, partials, stats, table_width, splits, extra,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, EXTRA: tl.constexpr,
     COLS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (K, S, B): a program takes one part of one sequence's context for the G heads that share a key/value head.
@@ -263,6 +290,10 @@ def decode(
         queries = (exact / unit).to(tl.float16)
         factor *= unit * tl.load(kv_scale)
 
+    per_head = factor
+    if EXTRA != "":
+        per_head = _per_head(extra, head * G + tl.minimum(tl.arange(0, COLS), G - 1))[None, :]
+
     pages = block_table + sequence.to(tl.int64) * table_width
     pool = kv + head * D
     d = tl.arange(0, BLOCK_D)[:, None]
@@ -280,7 +311,8 @@ def decode(
         start = _places(pages, tl.minimum(place, last), BLOCK_SIZE, ROW)
         keys = _load(pool + start[:, None] + along, along < D, D == BLOCK_D)
         scores = tl.dot(keys.to(queries.dtype), queries)
-        weights, fade, most = _weigh(scores, (place <= last)[:, None], factor, most, 0, SOFTCAP, True)
+        apart = (place - length + 1)[:, None]
+        weights, fade, most = _weigh(scores, apart, per_head, (place <= last)[:, None], factor, most, 0, SOFTCAP, True, EXTRA)
         total = total * fade + weights
         if FP8:
             pairs = _load(pairs_pool + ((start + BLOCK_SIZE * ROW) >> 1)[None, :] + half, half < D // 2, D == BLOCK_D)
@@ -294,6 +326,8 @@ def decode(
     whole = tl.sum(total, 0, keep_dims=True)
     if FP8:
         sums = tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (BLOCK_D, COLS)) * tl.load(kv_scale + 1)
+    if EXTRA == "sinks":
+        whole += tl.where(part >= length - begin, tl.exp2(per_head - most), 0.0)
     mean = sums / whole
     col = tl.arange(0, COLS)[None, :]
     live = (d < D) & (col < G)
@@ -307,8 +341,8 @@ def decode(
 
 @triton.jit
 def merge(
-    partials, stats, query_starts, kv_lengths, out_scale, out, splits,
-    H: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+    partials, stats, query_starts, kv_lengths, out_scale, out, splits, extra,
+    H: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B): the parts of one context become one; BLOCK_N, LEAST and SLOTS as in ``decode``, BLOCK_S parts at a time."""
@@ -340,4 +374,6 @@ def merge(
         sums = sums * fade + tl.sum(means * weights[:, None], 0)
         total = total * fade + tl.sum(weights, 0)
         most = largest
+    if EXTRA == "sinks":
+        total += tl.exp2(_per_head(extra, head) - most)
     _store(out + token.to(tl.int64) * (H * D) + head * D + d, sums / total, d < D, out_scale)

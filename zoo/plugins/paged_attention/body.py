@@ -1,4 +1,5 @@
-"""The reference body of ``ZooPagedAttention``: what it means, in standard ops. It gathers a whole context for every token.
+"""The reference bodies of ``ZooPagedAttention`` and its variants: what they mean, in standard ops. They gather a whole context
+for every token.
 
 Written as ONNX text. Shape legend: T tokens, B sequences, P blocks, N = P * block_size, H = K * G heads, D head size.
 """
@@ -11,6 +12,9 @@ from onnx import parser
 from zoo.graph import OPSET
 
 ATTRIBUTES = ("num_heads", "kv_heads", "head_dim", "block_size", "scale", "window", "softcap")
+SINKS, SLOPES = "Sinks", "Slopes"
+# What an op's name ends in -> its inputs [H] behind those of the plain op.
+VARIANTS: dict[str, tuple[str, ...]] = {"": (), SINKS: ("sinks",), SLOPES: ("slopes",)}
 
 # Sizes as tensors, for every function of this op: Kd, Dd, Gd, BSd are [1], for shapes; zero, one are scalars.
 SIZES = """
@@ -38,7 +42,8 @@ FRESH = """
   fresh = Reshape (k_then_v, fresh_shape)
 """
 
-BODY = """
+# Queries and contexts to scores: position [T], place [N], visible [T, N], score [T, K, G, N].
+_SCORES = """
   block_size = Constant <value_int: int = @block_size> ()
   starts = Cast <to = 7> (query_starts)
   lengths = Cast <to = 7> (kv_lengths)
@@ -121,15 +126,52 @@ BODY = """
   bent = Tanh (ratio)
   capped = Mul (bent, cap)
   score = Where (capping, capped, raw)
+"""
 
+# Distances are counted in whole numbers and multiplied in float32: far from its query, a half precision bias would be coarse.
+_BIAS = """
+  slope_shape = Concat <axis = 0> (Kd, Gd, one_d)
+  slope = Reshape (slopes, slope_shape)
+  apart = Sub (place, position_col)
+  apart_float = Cast <to = 1> (apart)
+  apart_row = Unsqueeze (apart_float, softmax_axes)
+  bias = Mul (apart_row, slope)
+  bias_like = CastLike (bias, q)
+  biased = Add (score, bias_like)
+"""
+
+_MASKED = """
   minus = Constant <value_float = -inf> ()
   minus_like = CastLike (minus, q)
-  masked = Where (score_mask, score, minus_like)
+  masked = Where (score_mask, {score}, minus_like)
+"""
+
+_WEIGHT = """
   weight = Softmax <axis = -1> (masked)
+"""
+
+# One more column, which is dropped behind the softmax.
+_WEIGHT_SINKS = """
+  sink_shape = Concat <axis = 0> (one_d, Kd, Gd, one_d)
+  sink = Reshape (sinks, sink_shape)
+  sink_rows = Concat <axis = 0> (T, one_d, one_d, one_d)
+  sink_column = Expand (sink, sink_rows)
+  with_sink = Concat <axis = -1> (masked, sink_column)
+  weight_and_sink = Softmax <axis = -1> (with_sink)
+  weight = Slice (weight_and_sink, zero_d, rest_d, rest_d)
+"""
+
+_OUT = """
   mixed = MatMul (weight, values_seen)
   out_shape = Concat <axis = 0> (one_d, rest_d, HDd)
   out = Reshape (mixed, out_shape)
 """
+
+
+def body_text(variant: str = "") -> str:
+    """The nodes of a variant's body behind ``SIZES`` and ``FRESH``."""
+    masked = _MASKED.format(score="biased" if variant == SLOPES else "score")
+    return _SCORES + _BIAS * (variant == SLOPES) + masked + (_WEIGHT_SINKS if variant == SINKS else _WEIGHT) + _OUT
 
 
 def function(op: str, inputs: tuple[str, ...], text: str, opsets: str = "") -> onnx.FunctionProto:
@@ -139,7 +181,7 @@ def function(op: str, inputs: tuple[str, ...], text: str, opsets: str = "") -> o
     return parser.parse_function(f"{head} {{{text}}}")
 
 
-def body() -> onnx.FunctionProto:
+def body(variant: str = "") -> onnx.FunctionProto:
     """The reference body."""
     inputs = ("q", "k", "v", "kv", "block_table", "query_starts", "kv_lengths")
-    return function("ZooPagedAttention", inputs, SIZES + FRESH + BODY)
+    return function("ZooPagedAttention" + variant, inputs + VARIANTS[variant], SIZES + FRESH + body_text(variant))

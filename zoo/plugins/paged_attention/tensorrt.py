@@ -5,6 +5,9 @@ configuration has the preview feature ``ALIASED_PLUGIN_IO_10_03``. NVIDIA's samp
 it is unproven. A "jit" plugin notices when the two are apart, and copies the pool first; an embedded kernel cannot. So whoever
 runs an engine gives ``kv.<layer>`` and ``kv_out.<layer>`` one address: then it does not matter what TensorRT makes of the alias.
 
+There is none for the variants with sinks or slopes: a hardware profile that asks for one is refused, and the target's lowering
+carries them out.
+
 T tokens, B sequences, P blocks a sequence, H heads, K key/value heads, G = H / K, D head size.
 """
 
