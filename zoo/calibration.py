@@ -30,7 +30,9 @@ from zoo.errors import CheckpointError, ConfigError
 from zoo.graph import ONNX_TYPES, ModelGraph
 from zoo.graph_templates import expand
 from zoo.passes.fuse_linears import fuse_linears
+from zoo.passes.insert_experts import insert_experts
 from zoo.passes.linears import activation_names, linears
+from zoo.passes.lower_experts import lower_experts
 from zoo.spec import ModelSpec
 from zoo.weights.bind import packed_layout, write_packed
 from zoo.weights.reader import Tensors
@@ -71,8 +73,19 @@ def calibrate_checkpoint(
         )
     from tokenizers import Tokenizer
 
-    token_ids = Tokenizer.from_file(str(path)).encode(default_text()).ids[:tokens]
-    return calibrate(model, checkpoint.tensors, token_ids, progress, cache)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()  # settings of training, which some files hold
+    if model.template == "encoder":  # each chunk is a text, between the special tokens of one, whose activations are the largest
+        tokenizer.enable_truncation(_length(model))
+    found = tokenizer.encode(default_text())
+    token_ids = [token for one in (found, *found.overflowing) for token in one.ids]
+    return calibrate(model, checkpoint.tensors, token_ids[:tokens], progress, cache)
+
+
+def _length(model: ModelSpec) -> int:
+    """Tokens of a chunk."""
+    return min(CHUNK, model.max_positions)
 
 
 def calibrate(
@@ -95,7 +108,7 @@ def calibrate(
             f"calibration text has token id {ids.max() if ids.min() >= 0 else ids.min()}; model {model.name!r} knows 0 to "
             f"{model.vocab_size - 1}; is the tokenizer the model's own?"
         )
-    length = min(CHUNK, model.max_positions)
+    length = _length(model)
     graph = observed(expand(fit_names(model, tensors), "float32", length), cache)
     names = [variable.name for variable in graph.graph.outputs]
     peaks = np.zeros(len(names), dtype=np.float32)  # of PROBE, the largest sum
@@ -121,6 +134,8 @@ def observed(graph: ModelGraph, cache: bool = False) -> ModelGraph:
 
     The probe is there because ONNX Runtime's ReduceMax passes over a NaN among numbers; ReduceSum does not.
     """
+    insert_experts(graph)
+    lower_experts(graph, "chosen")  # only the experts that a token's router chose
     fuse_linears(graph)
     names = activation_names(graph)
     measured = {}  # name of a scale -> the tensor that it is of

@@ -27,7 +27,7 @@ ALIBI_RULES = ("bloom", "mpt")
 SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
 POOLINGS = ("none", "first", "mean")
-FUSED_QKV = ("none", "concat", "grouped")
+FUSED_QKV = ("none", "concat", "grouped", "quarters")
 FUSED_EXPERTS = ("none", "concat", "interleaved")
 
 # The most that each size may be: far over any model, and small enough that nothing hangs on a number with a digit too many.
@@ -144,24 +144,27 @@ class LatentSpec:
     q_rank: int = 0  # 0: queries are projected in one step
     rope_dim: int = 64
     value_dim: int = 128
+    norm_eps: float = 0.0  # of the norms in the latent spaces; 0: the model's
 
 
 @dataclass(frozen=True)
 class TensorNames:
-    """How a checkpoint names its tensors, and how they lie in it. ``{layer}`` and ``{expert}`` stand for numbers.
+    """How a checkpoint names its tensors, and how they lie in it. ``{layer}``, ``{expert}`` and ``{head}`` stand for numbers.
 
     ``model`` and ``layer`` map a weight's role (see docs/adding-a-model.md) to a tensor name. A role that the options do
     not use may be present; a role that they use and that is absent is an error.
 
     fused_qkv      ``concat``: ``layer.qkv`` holds all of q, then all of k, then all of v. ``grouped``: for each key/value
-                   head its queries, its key, its value (K groups of G + 2 heads)
-    fused_gate_up  ``layer.gate_up`` holds gate, then up
+                   head its queries, its key, its value (K groups of G + 2 heads). ``quarters``: for each quarter of the
+                   heads all their queries, all their values, all their keys (CodeGen)
+    fused_gate_up  ``layer.gate_up`` holds gate, then up; ``layer.shared.gate_up`` those of the shared expert
     conv1d         linear weights are stored [in, out] rather than [out, in]
     fused_experts  gate and up of experts lie in ``experts.gate_up``: one after the other, or row by row in turns
     stacked_experts  one tensor holds all experts [X, out, in]; else names have ``{expert}``
     conv1d_experts   experts are stored [in, out]
     prefixes       optional heads of names (``"transformer."``) that some exports leave out or add
-    ignored        regular expressions for tensors that carry nothing (attention masks, rotary buffers)
+    ignored        regular expressions for tensors that carry nothing (attention masks, rotary buffers); ``{num_layers}`` in
+                   them is the model's number of layers (behind the last one DeepSeek-V3 stores one that is not of the model)
     """
 
     model: dict[str, str] = field(default_factory=dict)
@@ -211,7 +214,7 @@ class ModelSpec:
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: str = "none"  # head: one weight for all heads; heads: a weight for each; all: over all heads at once
-    clip_qkv: float = 0.0  # queries, keys and values are clamped to +- this; 0: not
+    clip_qkv: float = 0.0  # queries, keys (behind their norms) and values are clamped to +- this; 0: not
     window: int = 0  # 0: full attention; else each token sees this many positions, itself included
     window_layers: tuple[int, ...] = ()  # which layers use the window; empty: all of them
     softcap: float = 0.0  # of attention scores; 0: none
@@ -263,14 +266,21 @@ class ModelSpec:
     def _check_combinations(self, where: str) -> None:
         """Options that exclude each other, as (there, key and value, why)."""
         latent, parallel = self.latent.kv_rank > 0, self.block != "sequential"
+        uneven = self.num_heads % 4 > 0 or self.num_heads != self.num_kv_heads
         excluded = (
             (parallel and self.norm_place != "before", f"norm_place {self.norm_place!r}", f"block is {self.block!r}"),
             (latent and self.qk_norm != "none", f"qk_norm {self.qk_norm!r}", "latent attention has norms of its own"),
             (latent and self.position != "rope", f"position {self.position!r}", "latent attention rotates a part of each head"),
             (latent and self.window > 0, f"window {self.window}", "latent attention has no window"),
             (latent and self.tensors.fused_qkv != "none", "tensors.fused_qkv", "latent attention has no q, k and v"),
+            (
+                self.tensors.fused_qkv == "quarters" and uneven,
+                "tensors.fused_qkv 'quarters'",
+                f"num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} are not one multiple of 4",
+            ),
             (self.position == "alibi" and self.sinks, "sinks", "position is 'alibi'"),
             (self.activation == "swiglu_clamped" and self.mlp != "gated", "mlp 'plain'", "activation is 'swiglu_clamped'"),
+            (self.moe.experts > 0 and self.mlp != "gated", "mlp 'plain'", "experts have gates"),
             (self.local_rope.theta > 0 and not self.window, "local_rope", "no layer has a window"),
             (self.local_rope.by_length, f"local_rope.kind {self.local_rope.kind!r}", "windowed layers never see a long context"),
             (self.template == "encoder" and self.moe.experts > 0, "moe", "the encoder template has no experts"),

@@ -18,6 +18,8 @@ class Target:
                     before its parser sees it), "plugin" (its own plugin interface), "kernel" (our kernels)
     attention       the lowering of ZooPagedAttention: "loop" (one Loop iteration a sequence), "padded" (queries padded
                     to [B, L] by index inputs, contexts gathered once a sequence), "plugin"
+    experts         the lowering of ZooExperts and ZooRouter: "chosen" (only experts that somebody chose are computed),
+                    "dense" (every expert for every token: what a decode step of one token reads is all of them), "plugin"
     dtypes          compute types it can run
     fused_matmul    it has com.microsoft FusedMatMul, so weights may stay [out, in] as checkpoints store them
     narrow_lookups  it looks rows up in a half-precision table where it computes in float32
@@ -35,13 +37,20 @@ class Target:
     kernels: bool = False
     float8_pool: bool = False
     sms: tuple[int, ...] = ()
+    experts: str = "plugin"
 
 
 TARGETS: dict[str, Target] = {
-    "onnxruntime": Target("onnxruntime", "function", "loop", ("float32",), fused_matmul=True, narrow_lookups=True),
-    "tensorrt_rtx": Target("tensorrt_rtx", "inline", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 120, 121)),
+    "onnxruntime": Target(
+        "onnxruntime", "function", "loop", ("float32",), fused_matmul=True, narrow_lookups=True, experts="chosen"
+    ),
+    "tensorrt_rtx": Target(
+        "tensorrt_rtx", "inline", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 120, 121), experts="dense"
+    ),
     # Until plugins for it exist, datacenter TensorRT takes what TensorRT-RTX takes, which builds and is compared here.
-    "tensorrt": Target("tensorrt", "plugin", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 90, 100, 120)),
+    "tensorrt": Target(
+        "tensorrt", "plugin", "padded", ("float16", "bfloat16"), sms=(75, 80, 86, 89, 90, 100, 120), experts="dense"
+    ),
     # Kernels compile for other SMs, too; only Hopper has been run.
     "cuda": Target(
         "cuda", "kernel", "plugin", ("bfloat16", "float16"), fused_matmul=True, kernels=True, float8_pool=True, sms=(90,)

@@ -5,8 +5,11 @@ M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gluon_on_cpu import EVENTS, module
 from interpreted import TORCH, exact, gpu_arithmetic, ref
 
 from zoo.errors import CompileError
 from zoo.plugins.kernels import Launch, Scratch, Size
-from zoo.plugins.skinny_gemm import kernels
 from zoo.plugins.skinny_gemm.cuda import (
     BUCKETS,
     COUNTERS,
@@ -26,6 +29,8 @@ from zoo.plugins.skinny_gemm.cuda import (
     MULTIPROCESSORS,
     RESIDENT,
     SHARED,
+    Early,
+    Streamed,
     Tiling,
     alternatives,
     counters_for,
@@ -36,11 +41,21 @@ from zoo.plugins.skinny_gemm.cuda import (
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 3e-7}
 
 
+def function_of(one: Launch) -> Any:
+    """For the interpreter, which knows no Gluon."""
+    room, _, name = one.kernel.source.partition(":")
+    if name != "stream_gemm":
+        return getattr(importlib.import_module(room), name)
+    spec = importlib.util.find_spec(room)
+    assert spec and spec.origin
+    return getattr(module(spec.origin, one.kernel.num_warps), name)
+
+
 def run(made: list[Launch], tensors: dict[str, torch.Tensor], rows: int) -> None:
     """Carry out launches; scratch is poisoned with NaN."""
     scratch: dict[str, torch.Tensor] = {}
     for one in made:
-        function = getattr(kernels, one.kernel.source.partition(":")[2])
+        function = function_of(one)
         names = [name for name, _ in one.kernel.args] + [name for name, _ in one.kernel.constants]
         assert function.arg_names == names
         args: list[Any] = []
@@ -124,6 +139,60 @@ def test_whoever_reads_y_may_scale_its_columns(counted: bool) -> None:
     check(5, 80, 112, "float8e4m3", "bfloat16", Tiling(16, 64, 64, 1, 4, 3), counted, deferred=True)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (3, 80, 128, Early(16, 64, 64, 1, 4, 1)),  # no tile divides N; one step of two is loaded first
+        (16, 64, 256, Early(16, 64, 64, 2, 4, 2, signal=1)),
+        (20, 144, 192, Early(16, 64, 32, 3, 4, 2, signal=4)),  # more rows than a tile
+    ],
+)
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("dtype", "out"), [("float8e4m3", "bfloat16"), ("bfloat16", "float32")])
+def test_weights_before_x(m: int, n: int, k: int, tiles: Tiling, counted: bool, dtype: str, out: str) -> None:
+    assert not tiles.problem(n, k, dtype)
+    check(m, n, k, dtype, out, tiles, counted)
+
+
+STREAMED = [
+    (1, 32, 512, Streamed(8, 16, 128, 1, 2, 0, window=2)),  # in registers
+    (5, 40, 768, Streamed(8, 16, 128, 1, 2, 0, window=3, bypass=1)),  # no tile divides N
+    (8, 32, 768, Streamed(8, 32, 128, 1, 2, 2, window=2)),  # a ring, shorter than K
+    (16, 32, 512, Streamed(16, 16, 256, 1, 2, 2, window=1)),  # and as long as K, of steps of 128 bytes a warp
+    (11, 96, 512, Streamed(16, 16, 128, 1, 2, 5, window=4, tiles=3)),  # longer than a tile's K
+    (11, 96, 512, Streamed(8, 16, 128, 1, 2, 0, window=4, tiles=3)),  # more rows than a tile of x
+    (4, 32, 1024, Streamed(8, 32, 128, 1, 2, 4, window=2, bring=256)),
+    (2, 16, 1024, Streamed(8, 16, 256, 1, 4, 3, window=4)),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "tiles"), STREAMED)
+@pytest.mark.parametrize("signal", range(5))
+def test_streams(m: int, n: int, k: int, tiles: Streamed, signal: int) -> None:
+    """Right, and in the right order: weights are asked for, the wait, x, y; the next kernel may start where ``signal`` says."""
+    tiles = replace(tiles, signal=signal)
+    assert not tiles.problem(n, k, "float8e4m3")
+    EVENTS.clear()
+    check(m, n, k, "float8e4m3", "bfloat16", tiles, counted=True, deferred=signal == 0)
+    programs = -(-n // (tiles.block_n * tiles.tiles)) * -(-m // tiles.block_m)
+    assert EVENTS.count("wait") == EVENTS.count("start") == programs and not len(EVENTS) % programs
+    last = EVENTS[-(len(EVENTS) // programs) :]
+    wait, start, ahead = last.index("wait"), last.index("start"), tiles.num_stages or tiles.window
+    assert last[:wait].count("weights") == ahead and {"x", "scales", "y"}.isdisjoint(last[:wait])
+    assert last.count("y") == tiles.tiles
+    match signal:
+        case 0:
+            assert start == 0
+        case 1:
+            assert start == wait - 1
+        case 2:
+            assert start == wait + 1
+        case 3:
+            assert start > wait and (tiles.num_stages == 0 or "weights" not in last[start:])
+        case 4:
+            assert last[start:].count("y") == 1 and {"x", "weights"}.isdisjoint(last[start:])
+
+
 def test_both_ways_to_add_shares_agree_bit_for_bit() -> None:
     tiles = Tiling(16, 64, 32, 4, 4, 3)
     one, two = (check(7, 128, 256, "float8e4m3", "float32", tiles, counted) for counted in (False, True))
@@ -183,7 +252,24 @@ def test_tilings_of_a_hardware_profile() -> None:
     assert len(alternatives(*refs(64, 128), {"skinny": tuning})) == len(BUCKETS) - 1
     special = {"64x64.bfloat16": {"16": [16, 64, 64, 1, 4, 3]}}
     assert len(alternatives(*refs(64, 64, "bfloat16"), {"skinny": tuning | special})) == 1
+    others = {"4096x4096": {"8": [8, 32, 512, 1, 8, 6, 2, 8, 3], "16": [16, 64, 512, 8, 4, 1, 1, 4]}}
+    first, second = (few.launches[0].kernel for few in alternatives(*refs(4096, 4096), {"skinny": others}))
+    assert first.source.endswith(".stream:stream_gemm") and second.source.endswith(".early:early_gemm")
+    assert dict(first.constants) | {"SLICE": 64, "STAGES": 6, "WINDOW": 8, "SIGNAL": 3, "TILES": 1, "BRING": 0} == dict(
+        first.constants
+    )
+    assert dict(second.constants) | {"AHEAD": 1, "SIGNAL": 4, "COUNTED": True} == dict(second.constants)
     for wrong, words in (
+        ([8, 32, 512, 1, 8, 6, 3], r"a kind and its own numbers may follow \(kind 1: signal; kind 2: window, signal, tiles"),
+        ([8, 32, 512, 1, 8, 6, 2, 3], "the window divides the steps"),
+        ([8, 32, 512, 1, 8, 9, 2, 8], "as many as stages"),
+        ([8, 32, 512, 2, 8, 4, 2, 8], "without splits"),
+        ([8, 32, 256, 1, 8, 4, 2, 8], "64 bytes for each warp"),
+        ([8, 64, 512, 1, 8, 8, 2, 8], "its ring fits in"),
+        ([8, 32, 512, 1, 8, 6, 2, 8, 5], "signal is 0 to 4"),
+        ([8, 32, 512, 1, 8, 6, 2, 8, 1, 1, 2048], "inside K"),
+        ([16, 64, 512, 8, 4, 2, 1], "no fewer than stages"),
+        ([16, 64, 128, 1, 4, 1, 1], "8 at most"),
         ([16, 64, 256, 2, 4], r"tuning\.skinny\.4096x4096\.16 is .*, not \[block_m"),
         ("fast", "not \\[block_m"),
         ([16, 96, 256, 2, 4, 3], "no tiling for float8e4m3: blocks are powers of two"),
@@ -221,26 +307,40 @@ def test_float8_has_every_finite_value() -> None:
 
 
 COMPILE = """
+import importlib
+import json
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from zoo.plugins.kernels import TensorRef
-from zoo.plugins.skinny_gemm import kernels
-from zoo.plugins.skinny_gemm.cuda import launches, tiling
-dtype, out, *scales = sys.argv[1:]
+from zoo.plugins.skinny_gemm.cuda import _tuned, launches, tiling
+dtype, out, numbers = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tiles = _tuned("", 16, numbers, 4096, 4096, dtype) if numbers else tiling(16, 4096, 4096, dtype)
 scales = [TensorRef("ws", "float32", (4096,)), TensorRef("xs", "float32", ())] if dtype == "float8e4m3" else []
 x, w, y = TensorRef("x", dtype, ("T", 4096)), TensorRef("w", dtype, (4096, 4096)), TensorRef("y", out, ("T", 4096))
-for launch in launches(x, w, y, tiling(16, 4096, 4096, dtype), *scales, counters="zeros"):
+for launch in launches(x, w, y, tiles, *scales, counters="zeros"):
     kernel = launch.kernel
-    function, types, constants = getattr(kernels, kernel.source.partition(":")[2]), dict(kernel.args), dict(kernel.constants)
-    source = ASTSource(fn=function, signature={one: types.get(one, "constexpr") for one in function.arg_names},
-                       constexprs=constants,
-                       attrs={(at,): [["tt.divisibility", 16]] for at, one in enumerate(function.arg_names)
-                              if types.get(one, "").startswith("*")})
+    module, _, name = kernel.source.partition(":")
+    function, types, constants = getattr(importlib.import_module(module), name), dict(kernel.args), dict(kernel.constants)
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(
+        fn=function, signature={one: types.get(one, "constexpr") for one in function.arg_names},
+        constexprs={(at,): constants[one] for at, one in enumerate(function.arg_names) if one in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, one in enumerate(function.arg_names)
+               if types.get(one, "").startswith("*")})
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
+
+
+def machine_code(dtype: str, out: str, numbers: list[int]) -> str:
+    """PTX of the launches for 16 rows."""
+    command = [sys.executable, "-c", COMPILE, dtype, out, str(numbers)]
+    environment = {"TRITON_INTERPRET": "0", "HOME": str(Path.home())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -249,15 +349,33 @@ for launch in launches(x, w, y, tiling(16, 4096, 4096, dtype), *scales, counters
 )
 def test_the_machine_code_of_sm_90(dtype: str, out: str, product: str) -> None:
     """Weights are the wide side of Hopper's own products, and come in 16 bytes at a time, past the registers."""
-    done = subprocess.run([sys.executable, "-c", COMPILE, dtype, out], env={"TRITON_INTERPRET": "0", "HOME": str(Path.home())},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"wgmma.mma_async.sync.aligned.{product}" in done.stdout and "mma.sync" not in done.stdout
-    copies = [line for line in done.stdout.splitlines() if "cp.async." in line and "global" in line]
+    ptx = machine_code(dtype, out, [])
+    assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "mma.sync" not in ptx
+    copies = [line for line in ptx.splitlines() if "cp.async." in line and "global" in line]
     assert copies and all("cp.async.cg.shared.global" in line and "0x10" in line for line in copies)
-    assert "atom.global.gpu.acq_rel.add" in done.stdout  # one launch, not two
+    assert "atom.global.gpu.acq_rel.add" in ptx  # one launch, not two
     # it waits before it reads x or writes; the next kernel may come when K is read, before sums are shared
-    order = [
-        done.stdout.index(one) for one in ("griddepcontrol.wait", "cp.async.", "griddepcontrol.launch_dependents", "atom.global")
-    ]
-    assert order == sorted(order) and done.stdout.index("st.global") > order[2]
+    order = [ptx.index(one) for one in ("griddepcontrol.wait", "cp.async.", "griddepcontrol.launch_dependents", "atom.global")]
+    assert order == sorted(order) and ptx.index("st.global") > order[2]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "read", "product"),
+    [
+        ([8, 32, 512, 1, 8, 6, 2, 8, 1], "cp.async.cg.shared.global [ ", "mma.sync.aligned.m16n8k32"),
+        ([16, 32, 512, 1, 8, 0, 2, 2, 1], "ld.global.L1::evict_first.L2::cache_hint.v4.b32", "mma.sync.aligned.m16n8k32"),
+        (
+            [16, 64, 512, 8, 4, 1, 1, 0],
+            "ld.global.L1::evict_first.L2::cache_hint.v4.b32",
+            "wgmma.mma_async.sync.aligned.m64n16k32",
+        ),
+    ],
+)
+def test_the_machine_code_of_weights_before_x(numbers: list[int], read: str, product: str) -> None:
+    """They are asked for 16 bytes at a time, before the wait; x and y come after it."""
+    ptx = machine_code("float8e4m3", "bfloat16", numbers)
+    wait = ptx.index("griddepcontrol.wait")
+    assert read in ptx[:wait] and product in ptx[wait:] and "st.global" not in ptx[:wait]
+    assert ptx[wait:].index("ld.global") < ptx[wait:].index(product)  # x
+    assert ptx[:wait].count("griddepcontrol.launch_dependents") == 1
+    assert numbers[6] == 1 or "prmt" not in ptx  # words, not bytes, are what goes around in loops

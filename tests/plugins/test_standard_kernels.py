@@ -48,18 +48,29 @@ def close(got: np.ndarray, wanted: np.ndarray, dtype: str, floor: float = 1e-7) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-@pytest.mark.parametrize("case", ["sigmoid", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("case", ["sigmoid", "tanh", "relu", "gelu", "gelu_tanh"])
 def test_activations(case: str, rows: int, width: int, dtype: str) -> None:
     x, shape = random(rows, width, dtype), (1, "T", width)
     op, attrs = {
         "sigmoid": ("Sigmoid", {}),
+        "tanh": ("Tanh", {}),
         "relu": ("Relu", {}),
         "gelu": ("Gelu", {"approximate": "none"}),
         "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
     }[case]
     got = run(op, {"x": x}, [ref("x", dtype, *shape)], ref("y", dtype, *shape), rows, **attrs)
-    wanted = 1 / (1 + np.exp(-exact(x))) if case == "sigmoid" else activation(exact(x), case)
+    if case in ("sigmoid", "tanh"):
+        wanted = 1 / (1 + np.exp(-exact(x))) if case == "sigmoid" else np.tanh(exact(x))
+    else:
+        wanted = activation(exact(x), case)
     close(got, wanted, dtype, floor=1e-6)
+
+
+def test_tanh_at_its_ends() -> None:
+    x = torch.tensor([[[-float("inf"), -200.0, -1e-3, -0.0, 0.0, 1e-3, 200.0, float("inf"), float("nan")]]])
+    shape = ref("x", "float32", 1, "T", 9)
+    got = run("Tanh", {"x": x}, [shape], dataclasses.replace(shape, name="y"), 1)
+    np.testing.assert_allclose(got, np.tanh(exact(x)), rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,6 +83,41 @@ def test_sums_and_products(op: str, form: str, rows: int, width: int, dtype: str
     refs = [ref("a", dtype, *shape), ref("b", dtype, *(shape if form == "equal" else (width,)))]
     got = run(op, {"a": a, "b": b}, refs[::-1] if "first" in form else refs, ref("y", dtype, *shape), rows)
     close(got, exact(a) + exact(b) if op == "Add" else exact(a) * exact(b), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["Add", "Mul", "Div"])
+@pytest.mark.parametrize("form", ["number", "one", "number first", "row", "rows", "rows first", "equal"])
+def test_an_operand_may_have_fewer_rows(form: str, op: str, dtype: str) -> None:
+    """A number, a row that all share, or a row [3, N] for each of a token's three, as a norm of heads has them."""
+    for rows, width in SHAPES:
+        shape = ("T", 3, width)
+        a = random(rows * 3, width, dtype)[0].view(rows, 3, width)
+        sizes = {"number": (), "one": (1, 1), "row": (width,), "rows": (3, width), "equal": (rows, 3, width)}[form.split()[0]]
+        b = (1 + torch.rand(sizes, generator=torch.Generator().manual_seed(1))).to(TORCH[dtype])
+        refs = [ref("a", dtype, *shape), ref("b", dtype, *(shape if form == "equal" else sizes))]
+        given, y = {"a": a, "b": b}, ref("y", dtype, *shape)
+        if "first" in form and op == "Div":
+            with pytest.raises(CompileError, match="neither equal nor a row beside rows"):
+                STANDARD[op](node(op, refs[::-1], [y]))
+            continue
+        out = poisoned(y, {"T": rows + 1})
+        launch(STANDARD[op](node(op, refs[::-1] if "first" in form else refs, [y])), given | {"y": out}, {"T": rows})
+        assert np.isnan(exact(out[rows])).all()
+        left, right = exact(a), exact(b)
+        close(exact(out[:rows]), {"Add": left + right, "Mul": left * right, "Div": left / right}[op], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip(dtype: str) -> None:
+    for rows, width in SHAPES:
+        x, shape = random(rows, width, dtype), (1, "T", width)
+        x[0, 0, 0] = float("nan")
+        bounds = {"low": torch.tensor(-1.5), "high": torch.tensor(0.25)}
+        given = {"x": x} | {name: bound.to(TORCH[dtype]) for name, bound in bounds.items()}
+        refs = [ref("x", dtype, *shape), ref("low", dtype), ref("high", dtype)]
+        got = run("Clip", given, refs, ref("y", dtype, *shape), rows)
+        np.testing.assert_array_equal(got, np.clip(exact(x), -1.5, 0.25))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -122,16 +168,16 @@ def test_logit_rows_are_looked_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(9, 64), (3, 100), (2, 1030)])
-def test_layer_norm(rows: int, width: int, dtype: str) -> None:
+@pytest.mark.parametrize(("rows", "width", "biased"), [(9, 64, True), (3, 100, True), (2, 1030, True), (3, 100, False)])
+def test_layer_norm(rows: int, width: int, biased: bool, dtype: str) -> None:
     """A mean that is large beside the deviation: a variance by E[x²] - E[x]² would lose it."""
     x = (random(rows, width, "float32") + 100).to(TORCH[dtype])
     weight, bias = random(1, width, dtype, 1)[0, 0], random(1, width, dtype, 2)[0, 0]
     refs = [ref("x", dtype, 1, "T", width), ref("weight", dtype, width), ref("bias", dtype, width)]
     given = {"x": x, "weight": weight, "bias": bias}
-    got = run("LayerNormalization", given, refs, ref("y", dtype, 1, "T", width), rows, axis=-1, epsilon=1e-5)
+    got = run("LayerNormalization", given, refs[: 2 + biased], ref("y", dtype, 1, "T", width), rows, axis=-1, epsilon=1e-5)
     centered = exact(x) - exact(x).mean(-1, keepdims=True)
-    wanted = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * exact(weight) + exact(bias)
+    wanted = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * exact(weight) + exact(bias) * biased
     # The mean is near 100 and right to 100 * 2^-24; the bias may cancel what is that far off.
     np.testing.assert_allclose(got, wanted, rtol=1.01 * ROUNDING[dtype] + 2e-5, atol=3e-5)
 
@@ -148,13 +194,32 @@ def test_split() -> None:
     np.testing.assert_array_equal(np.concatenate(got, axis=-1)[:, :3], exact(x))
 
 
+def test_concat() -> None:
+    """q, k and v become one again, one narrower than a tile and one of two tiles."""
+    widths = (2500, 40, 8)
+    parts = {name: random(3, width, "bfloat16", width) for name, width in zip("qkv", widths, strict=True)}
+    refs = [ref(name, "bfloat16", 1, "T", width) for name, width in zip("qkv", widths, strict=True)]
+    got = run("Concat", parts, refs, ref("y", "bfloat16", 1, "T", sum(widths)), 3, axis=2)
+    np.testing.assert_array_equal(got, np.concatenate([exact(part) for part in parts.values()], axis=-1))
+
+
 X = ref("x", "bfloat16", 1, "T", 64)
 REFUSED = {
+    "columns of another width": ("Concat", [X, X], {"axis": -1}, "its inputs have 128 columns, its output 64"),
+    "rows behind each other": ("Concat", [X, X], {"axis": 1}, "axis is 1 of 3, not the last"),
+    "a bound for each column": (
+        "Clip",
+        [X, ref("l", "bfloat16", 64), ref("h", "bfloat16")],
+        {},
+        "its bounds have the shapes [64]",
+    ),
+    "no upper bound": ("Clip", [X, ref("l", "bfloat16")], {}, "it has 2 inputs and 1 outputs, not 3 and 1"),
+    "other rows": ("Mul", [X, ref("b", "bfloat16", 3, 64)], {}, "shapes [1, 'T', 64] and [3, 64] are neither"),
     "another broadcast": ("Add", [X, ref("b", "bfloat16", 1, "T", 1)], {}, "shapes [1, 'T', 64] and [1, 'T', 1] are neither"),
     "another axis": ("RMSNormalization", [X, ref("w", "bfloat16", "T", 64)], {"axis": 1}, "axis is 1 of 3, not the last"),
     "half a norm": ("RMSNormalization", [X, ref("w", "bfloat16", 64)], {"stash_type": 10}, "stash_type is 10"),
     "columns": ("Gather", [ref("d", "bfloat16", 8, 64), ref("i", "int64", 2)], {"axis": 1}, "axis is 1 of [8, 64], not 0"),
-    "no bias": ("LayerNormalization", [X, ref("w", "bfloat16", 64)], {}, "it has 2 inputs and 1 outputs, not 3 and 1"),
+    "no weight": ("LayerNormalization", [X], {}, "it has 1 inputs and 1 outputs, not 2 and 1"),
     "float8": ("Cast", [ref("x", "float8e4m3", 1, "T", 64)], {}, "float8e4m3 to bfloat16; it knows float32"),
     "first axis": ("Split", [X], {"axis": 0}, "axis is 0 of 3, not the last"),
 }
@@ -184,6 +249,9 @@ def kernels(width: int, inner: int, dtype: str) -> list[Kernel]:
     given = {
         "Add": ([row(), weight], row()),
         "Cast": ([row()], row(kind="float32")),
+        "Clip": ([row(), scale, scale], row()),
+        "Concat": ([row(inner), row(inner)], row(2 * inner)),
+        "Div": ([row(), scale], row()),
         "Gather": ([ref("e", dtype, 99, width), ref("i", "int32", "T")], row()),
         "Gelu": ([row(inner)], row(inner)),
         "LayerNormalization": ([row(), weight, weight], row()),
@@ -191,9 +259,15 @@ def kernels(width: int, inner: int, dtype: str) -> list[Kernel]:
         "RMSNormalization": ([row(), weight], row()),
         "Relu": ([row(inner)], row(inner)),
         "Sigmoid": ([row(inner)], row(inner)),
+        "Tanh": ([row(inner)], row(inner)),
     }
-    launches = [STANDARD[op](node(op, inputs, [y])) for op, (inputs, y) in given.items()]
+    launches = [
+        STANDARD[op](node(op, inputs, [y], **({"axis": -1} if op == "Concat" else {}))) for op, (inputs, y) in given.items()
+    ]
     launches += [
+        STANDARD["Mul"](
+            node("Mul", [ref("x", dtype, 1, "T", 8, width), ref("w", dtype, 8, width)], [ref("y", dtype, 1, "T", 8, width)])
+        ),
         STANDARD["Split"](node("Split", [row(2 * inner)], [row(inner), row(inner)], axis=-1)),
         rms_norm.lower(node("ZooRmsNormFp8", [row(), weight, scale], [y8], epsilon=1e-5)),
         rms_norm.lower(node("ZooAddRmsNorm", [row(), row(), weight], [row(), row()], epsilon=1e-5)),

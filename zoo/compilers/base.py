@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.artifacts.manifest import Abi, CacheAbi, TensorAbi
 from zoo.errors import CompileError
-from zoo.graph import ONNX_TYPES, ModelGraph
+from zoo.graph import ONNX_TYPES, LayerInfo, ModelGraph
+from zoo.ropetables import tables
 from zoo.spec import BuildSpec, HardwareSpec
 
 if TYPE_CHECKING:
@@ -93,10 +94,15 @@ class Compiler(Protocol):
         return predict(graph, build)
 
 
+def cached_layers(graph: ModelGraph, build: BuildSpec) -> list[LayerInfo]:
+    """The layers that have a KV pool; an encoder has none."""
+    return [] if build.model.template == "encoder" else graph.layers
+
+
 def abi_of(graph: ModelGraph, build: BuildSpec) -> Abi:
     """How a ragged graph is called: data inputs, caches and index inputs apart, outputs without the caches.
 
-    Raises CompileError for a graph that paged attention has not been inserted into.
+    Raises CompileError for a graph that neither paged nor packed attention has been inserted into.
     """
     if not graph.ragged:
         raise CompileError("the graph has no KV cache (phase 'paged attention' has not run): only ragged graphs become engines")
@@ -108,13 +114,22 @@ def abi_of(graph: ModelGraph, build: BuildSpec) -> Abi:
             (limits.max_blocks, 2, limits.block_size, layer.kv_heads, layer.head_dim),
             layer.group,
         )
-        for layer in graph.layers
+        for layer in cached_layers(graph, build)
     )
     apart = {cache.name for cache in caches} | {extra.name for extra in graph.index_inputs}
     inputs = tuple(_tensor_abi(v) for v in graph.data_inputs if v.name not in apart)
     outputs = tuple(_tensor_abi(v) for v in graph.graph.outputs if not v.name.startswith("kv_out."))
     index_inputs = tuple(TensorAbi(extra.name, extra.dtype, tuple(extra.shape)) for extra in graph.index_inputs)
-    return Abi(inputs, outputs, caches, index_inputs)
+    return Abi(inputs, outputs, caches, index_inputs, rope_tables(build))
+
+
+def rope_tables(build: BuildSpec) -> tuple[tuple[int, int], ...]:
+    """(length, first row) of the engine's rotary tables, if there are several among which a sequence's length decides."""
+    model, context = build.model, build.limits.resolve(build.model).max_context
+    if model.position != "rope":
+        return ()
+    made = tables(model.rope, model.max_positions, context)
+    return tuple((table.length, table.first_row) for table in made) if len(made) > 1 else ()
 
 
 def onnx_code(dtype: Any) -> int:
@@ -141,14 +156,14 @@ def weight_bytes(graph: ModelGraph) -> int:
 def pool_bytes(graph: ModelGraph, build: BuildSpec) -> int:
     """Bytes of all KV pools at the build's limits."""
     limits = build.limits.resolve(build.model)
-    slots = limits.max_blocks * limits.block_size
-    return sum(slots * 2 * layer.kv_heads * layer.head_dim * ITEM_SIZES[build.cache_dtype] for layer in graph.layers)
+    slots, item = limits.max_blocks * limits.block_size, ITEM_SIZES[build.cache_dtype]
+    return sum(slots * 2 * layer.kv_heads * layer.head_dim * item for layer in cached_layers(graph, build))
 
 
 def context_bytes(graph: ModelGraph, build: BuildSpec) -> int:
     """Bytes of the least KV pools, where a session gives them what memory is left: one whole context and the reserved block."""
     limits = build.limits.resolve(build.model)
-    return pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // limits.max_blocks
+    return pool_bytes(graph, build) * (1 + limits.blocks_per_sequence) // max(limits.max_blocks, 1)
 
 
 def predict(graph: ModelGraph, build: BuildSpec) -> dict[str, int]:

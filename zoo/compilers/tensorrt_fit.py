@@ -51,6 +51,11 @@ def check(graph: ModelGraph, build: BuildSpec, tensors: Tensors | None) -> None:
         raise CompileError(
             f"{build.compiler} engines are for one GPU; parallel {build.parallel.name!r} asks for more: pick parallel=tp1"
         )
+    if build.model.template == "encoder":
+        raise CompileError(
+            f"{build.model.name!r} is an encoder, and {build.compiler} engines of encoders have nothing that runs them yet; use "
+            "hardware=cpu, or hardware that compiler=cuda builds for"
+        )
     if odd := sorted({layer.head_dim for layer in graph.layers if layer.head_dim % HEAD_STEP}):
         raise CompileError(
             f"{build.compiler} builds attention for head sizes that are multiples of {HEAD_STEP}, and {build.model.name!r} has "

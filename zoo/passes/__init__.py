@@ -12,9 +12,13 @@ from zoo.passes.fuse_activation import FuseActivation
 from zoo.passes.fuse_linears import FuseLinears
 from zoo.passes.fuse_norm import FuseNorm
 from zoo.passes.fuse_rotary_cache import FuseRotaryCache
+from zoo.passes.insert_experts import InsertExperts
+from zoo.passes.join_heads import JoinHeads
 from zoo.passes.lower_attention import LowerAttention
+from zoo.passes.lower_experts import LowerExperts
 from zoo.passes.lower_matmul import LowerMatMul
 from zoo.passes.narrow_lookups import NarrowLookups
+from zoo.passes.packed_attention import InsertPackedAttention
 from zoo.passes.paged_attention import InsertPagedAttention
 from zoo.passes.quantize_cache import QuantizeCache
 from zoo.passes.quantize_fp8 import QuantizeFp8
@@ -27,18 +31,22 @@ PASSES: tuple[Pass, ...] = (
     # clean: what does nothing goes first, so that later patterns need not look past it
     Clean(),
     # parallelism: none yet; a pass here would split weights over ranks before anything is fused
-    # paged attention: the plain graph becomes the engine's, one ragged batch
+    # paged attention: the plain graph becomes the engine's, one ragged batch; of an encoder packed attention, without a cache
     InsertPagedAttention(),
-    # fusion: before quantization, so that a fused linear layer is quantized once, with one activation scale
+    InsertPackedAttention(),
+    # fusion: before quantization, so that a fused linear layer is quantized once, with one activation scale, and no router is
+    InsertExperts(),
     FuseLinears(),
     # quantization
     QuantizeFp8(),
     # lowering: zoo ops and linear layers in the form that the target runs best
     LowerAttention(),
+    LowerExperts(),
     # for kernels of our own: operands become float8 once, then each norm, activation and cache write is one node with it
     CudaFp8(),
     FuseNorm(),
     FuseActivation(),
+    JoinHeads(),
     FuseRotaryCache(),
     QuantizeCache(),
     NarrowLookups(),  # before LowerMatMul, which would let a tied head share the embedding's float32 form

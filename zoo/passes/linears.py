@@ -14,6 +14,7 @@ from zoo.weights.recipe import Weight
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
     "gate_up": ("gate", "up"),
+    "shared.gate_up": ("shared.gate", "shared.up"),
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
 

@@ -28,6 +28,7 @@ from zoo.targets import Target
 from zoo.weights.recipe import Recipe, Weight
 
 NORMS = ("RMSNormalization", "LayerNormalization")
+BEHIND_HEAD = ("Cast", "Add", "Mul", "Div", "Tanh")  # what may stand between the head and the logits: a row's result is its own
 INT32 = ONNX_TYPES["int32"]
 
 
@@ -108,10 +109,14 @@ class Head:
 
 
 def find_head(graph: ModelGraph) -> tuple[Head | None, str]:
-    """Walk from the logits up to the head's MatMul, and over the final norm if nothing else reads it."""
+    """Walk from the logits up to the head's MatMul, over its bias, scale and cap, and over the final norm if only it reads it."""
     node = _producer(graph.graph.outputs[0])
-    while node is not None and node.op in ("Cast", "Add"):
-        node = _producer(node.inputs[0])
+    while node is not None and node.op in BEHIND_HEAD:
+        weights = [graph.weights[tensor.name] for tensor in node.inputs if tensor.name in graph.weights]
+        others = [tensor for tensor in node.inputs if tensor.name not in graph.weights]
+        if len(others) != 1 or any(len(weight.shape) > 1 for weight in weights):
+            break  # it joins two tensors, or rows with each other's
+        node = _producer(others[0])
     if node is None or node.op != "MatMul" or node.inputs[1].name not in graph.weights:
         return None, f"they do not come from a MatMul by a weight, but from {node.name if node else 'an input'}"
     norm = _producer(node.inputs[0])

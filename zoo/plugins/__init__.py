@@ -7,6 +7,7 @@ from zoo.plugins import (
     fp8_gemm,
     fp8_linear,
     gated_activation,
+    moe,
     packed_attention,
     paged_attention,
     rms_norm,
@@ -16,6 +17,7 @@ from zoo.plugins.contract import Plugin
 
 PLUGINS: dict[str, Plugin] = {
     **paged_attention.PLUGINS,
+    **moe.PLUGINS,
     "ZooPackedAttention": packed_attention.PLUGIN,
     "ZooFp8Linear": fp8_linear.PLUGIN,
     # what kernels of our own are made for: the passes of the cuda target put them in place of the two above

@@ -152,14 +152,14 @@ def _write_tile(target: int, weight: Weight, place: Packed, box: Box, maker: Mak
     out: Array = np.empty(shape, NUMPY[place.dtype])
     maker.fill(weight, box, out)
     raw = out.reshape(-1).view(np.uint8)
-    size, item = place.shape, out.itemsize
-    if len(shape) < 2 or shape[1:] == size[1:]:
-        start = box[0].start * math.prod(size[1:]) if shape else 0
-        _pwrite(target, raw, place.offset + start * item)
-    else:  # a tile of a matrix: one run a row
-        rows = raw.reshape(shape[0], -1)
-        for number in range(shape[0]):
-            _pwrite(target, rows[number], place.offset + ((box[0].start + number) * size[1] + box[1].start) * item)
+    strides = [math.prod(place.shape[axis + 1 :]) for axis in range(len(shape))]
+    # the last axis that the tile cuts: from there on its bytes lie in a row
+    inner = max((axis for axis, size in enumerate(shape) if size != place.shape[axis]), default=0)
+    runs = raw.reshape(math.prod(shape[:inner]), -1)
+    for run, outer in zip(runs, np.ndindex(*shape[:inner]), strict=True):
+        at = [part.start + (outer[axis] if axis < inner else 0) for axis, part in enumerate(box)]
+        start = sum(number * stride for number, stride in zip(at, strides, strict=True))
+        _pwrite(target, run, place.offset + start * out.itemsize)
     return out.nbytes
 
 

@@ -29,18 +29,26 @@ def cut(x: Array, box: Box) -> Array:
 
 
 def tiles_of(weight: Weight, maker: Maker) -> Iterator[Box]:
-    """Boxes of at most ``TILE`` bytes that cover a weight: whole rows, or blocks where rows are long and transposed."""
-    shape = weight.shape
+    """Boxes of at most ``TILE`` bytes that cover a weight: whole rows, or blocks where rows are long and transposed.
+
+    Of a stack of matrices, each of which is larger, they cover one matrix after the other.
+    """
+    if 0 not in weight.shape:
+        yield from _tiles(weight.shape, max(NUMPY[weight.dtype].itemsize, 4), maker.turns(weight.recipe))
+
+
+def _tiles(shape: tuple[int, ...], item: int, turned: bool) -> Iterator[Box]:
     if not shape:
         yield ()
         return
-    if 0 in shape:
-        return
-    item = max(NUMPY[weight.dtype].itemsize, 4)
     row = math.prod(shape[1:]) * item
+    if len(shape) > 2 and row > TILE:
+        for number in range(shape[0]):
+            yield from ((slice(number, number + 1), *box) for box in _tiles(shape[1:], item, turned))
+        return
     rest = tuple(slice(0, size) for size in shape[1:])
     rows = max(1, TILE // row)
-    if len(shape) == 2 and rows < BLOCK and maker.turns(weight.recipe):
+    if len(shape) == 2 and rows < BLOCK and turned:
         rows = min(shape[0], 4 * BLOCK)
         columns = max(BLOCK, TILE // (rows * item) // BLOCK * BLOCK)
         for start in range(0, shape[1], columns):
@@ -90,10 +98,10 @@ class Maker:
                 self.tensors.release(leaf["name"])
 
     def turns(self, recipe: Recipe) -> bool:
-        """Whether a matrix lies transposed in its file, somewhere below."""
+        """Whether a matrix, or each of a stack, lies transposed in its file, somewhere below."""
         if recipe.op == "transpose":
-            return tuple(recipe["perm"]) == (1, 0)
-        return any(self.turns(child) for child in recipe.inputs if len(child.shape) == 2)
+            return tuple(recipe["perm"]) in ((1, 0), (0, 2, 1))
+        return any(self.turns(child) for child in recipe.inputs if len(child.shape) in (2, 3))
 
     def whole_view(self, recipe: Recipe) -> Array | None:
         """The whole of a recipe that needs no work, as a view; None when something has to be made."""
@@ -131,6 +139,8 @@ class Maker:
                 found = self.box(recipe.inputs[0], tuple(inner))
                 made = found[(slice(None),) * (axis % found.ndim) + (slice(None, None, step),)]
                 return made
+            case "weave":
+                return self._weave(recipe, box)
             case "shift":
                 made = _float32(self.box(recipe.inputs[0], box)) + np.float32(recipe["value"])
                 return made
@@ -205,6 +215,18 @@ class Maker:
         joined: Array = np.concatenate([_bits(part) for part in parts], axis=axis)
         return joined.view(kind)
 
+    def _weave(self, recipe: Recipe, box: Box) -> Array:
+        """Whole turns of every part, then what the box wants of them."""
+        axis, count = recipe["axis"] % len(recipe.shape), len(recipe.inputs)
+        first = box[axis].start // count
+        inner = list(box)
+        inner[axis] = slice(first, -(-box[axis].stop // count))
+        turns = np.stack([self.box(part, tuple(inner)) for part in recipe.inputs], axis=axis + 1)
+        made: Array = turns.reshape([*turns.shape[:axis], -1, *turns.shape[axis + 2 :]])
+        inner = [slice(0, size) for size in made.shape]
+        inner[axis] = slice(box[axis].start - first * count, box[axis].stop - first * count)
+        return cut(made, tuple(inner))
+
 
 def _parts(recipe: Recipe) -> Iterator[Recipe]:
     yield recipe
@@ -272,6 +294,10 @@ def _magnitude(x: Array, axes: tuple[int, ...]) -> Array:
 
 def _cast(x: Array, out: Array) -> None:
     """``out[...] = x`` with a cast. FloatingPointError when a finite value leaves the range of float16."""
+    if x.ndim == 3 and x.strides[1] < x.strides[2]:
+        for part, to in zip(x, out, strict=True):
+            _cast(part, to)
+        return
     if x.ndim == 2 and x.strides[0] < x.strides[1] and min(x.shape) > 1 and not _covers(x.shape):
         for top in range(0, x.shape[0], BLOCK):  # source and result in different order: block by block, each within the cache
             for left in range(0, x.shape[1], BLOCK):

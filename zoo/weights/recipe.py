@@ -25,6 +25,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "concat": ("axis",),
     "slice": ("axis", "start", "stop"),
     "every": ("axis", "start", "step"),  # x[start::step] along an axis
+    "weave": ("axis",),  # inputs of one shape in turns along an axis: the first of each, then the second of each, ...
     "reshape": (),
     "shift": ("value",),  # x + value, float32
     "channel_scale": ("axis", "limit"),  # max(|x|) over all axes but `axis`, divided by `limit`; float32
@@ -147,6 +148,20 @@ def every(x: Recipe, axis: int, start: int, step: int) -> Recipe:
     shape = list(x.shape)
     shape[axis] //= step
     return Recipe("every", tuple(shape), (x,), (axis, start, step))
+
+
+def weave(parts: Sequence[Recipe], axis: int) -> Recipe:
+    """Parts of one shape in turns along an axis: what ``every`` takes apart. Parts that it took from one thing give that."""
+    first, count = parts[0], len(parts)
+    assert all(part.shape == first.shape for part in parts), f"{[part.shape for part in parts]} in turns"
+    if all(part.op == "transpose" and part["perm"] == first["perm"] for part in parts):
+        return transpose(weave([part.inputs[0] for part in parts], first["perm"][axis]), first["perm"])
+    turns = [("every", first.inputs, (axis, number, count)) for number in range(count)]
+    if [(part.op, part.inputs, part.attrs) for part in parts] == turns:
+        return first.inputs[0]
+    shape = list(first.shape)
+    shape[axis] *= count
+    return Recipe("weave", tuple(shape), tuple(parts), (axis,))
 
 
 def shift(x: Recipe, value: float) -> Recipe:

@@ -20,13 +20,15 @@ from zoo.spec import BuildSpec
 PLAN_FILE = "plan.json"
 TABLE_FILE = "weights.json"
 BINDINGS = {"cuda-bindings": "13.0"}  # cuBLASLt may come from a wheel or from a toolkit, so the session looks for it
+UNSAMPLED = ("greedy", "sample", "resolve")  # parts of a plan that an encoder has no launches in
 RUNTIME = 400_000_000  # bytes of GPU memory that a session takes beside these: cuBLASLt's workspace, inputs, graphs, modules
 
 
 def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Progress) -> CompiledEngine:
     """Plan, compile and write. CompileError for a node without a kernel, or a kernel that does not compile."""
     plan = Planner(graph, build, build.hardware.tuning).run()
-    choosers = sampling.launches(build.model.vocab_size)
+    encoder = build.model.template == "encoder"  # it gives hidden states, of which nothing is sampled
+    choosers = {part: [] for part in UNSAMPLED} if encoder else sampling.launches(build.model.vocab_size)
     kernels = plan.kernels | {one.kernel.name: one.kernel for launches in choosers.values() for one in launches}
     loaders = weight_kernels() if any(weight.recipe.op == "quantize" for weight in graph.weights.values()) else {}
     kernels |= {kernel.name: kernel for kernel in loaders.values()}
@@ -42,7 +44,7 @@ def write_engine(graph: ModelGraph, build: BuildSpec, workdir: Path, report: Pro
     }
     data = plan_json(plan, graph, build, described, choosers)
     limits = build.limits.resolve(build.model)
-    data["sampling_scratch"] = sampling.scratch(build.model.vocab_size, limits.max_rows)
+    data["sampling_scratch"] = {} if encoder else sampling.scratch(build.model.vocab_size, limits.max_rows)
     data["weight_kernels"] = {kind: {} for kind, _ in loaders}
     for (kind, dtype), kernel in loaders.items():
         data["weight_kernels"][kind][dtype] = kernel.name
@@ -79,7 +81,7 @@ def plan_json(
         "vocab_size": build.model.vocab_size,
         "largest": largest(build),
         "arena": plan.arena,
-        "logits": plan.places["logits"],
+        "logits": plan.places[plan.root(graph.graph.outputs[0].name)],
         "inputs": sorted(inputs),
         "kernels": kernels,
         "steps": [gemm_json(step, plan) if isinstance(step, Gemm) else launch_json(step, plan) for step in plan.steps],

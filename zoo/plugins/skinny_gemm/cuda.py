@@ -9,18 +9,21 @@ M rows of x, N outputs, K inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from zoo.errors import CompileError
 from zoo.plugins.kernels import Arg, Kernel, Launch, Scratch, Size, TensorRef, fixed
 
 KERNELS = "zoo.plugins.skinny_gemm.kernels"
+EARLY_KERNELS = "zoo.plugins.skinny_gemm.early"
+STREAM_KERNELS = "zoo.plugins.skinny_gemm.stream"
 BUCKETS = (16, 32, 64)  # rows that an engine has a kernel of its own for
 MOST_ROWS = 128
 MULTIPROCESSORS = 132  # of H100 SXM and H200
 WAVE = 1.9  # programs for each multiprocessor that K is split for, at least
 RESIDENT = 4  # and at most; as many run at once
+MOST_STEPS = 8  # of a share of K whose steps are all written out
 SHARED = 227 << 10  # bytes of a multiprocessor that programs share
 SUM_BLOCK = 512
 COUNTERS = "gemm.counters"  # zeros on the GPU that the session keeps for split sums
@@ -45,6 +48,79 @@ class Tiling:
     def shared(self, dtype: str) -> int:
         """Bytes of shared memory that a program takes, about."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * ITEMS[dtype]
+
+    def problem(self, n: int, k: int, dtype: str) -> str:
+        """Why no kernel has this tiling for w [n, k]; "" if one has."""
+        sizes = (self.block_m, self.block_n, self.block_k, self.num_warps)
+        least = self.block_m >= 16 and self.block_n >= 64 and self.block_k * ITEMS[dtype] >= 32
+        if min(sizes) < 1 or any(one & (one - 1) for one in sizes) or not least:
+            return "blocks are powers of two, of 16, 64 and 32 bytes at least"
+        if self.shared(dtype) > SHARED or min(self.splits, self.num_stages) < 1:
+            return f"its stages, 1 at least, fit in {SHARED:,} bytes"
+        return ""
+
+
+@dataclass(frozen=True)
+class Early(Tiling):
+    """For ``early.py``: ``num_stages`` steps of weights are in registers before x is waited for; ``signal`` as it is there."""
+
+    kind: int = 1
+    signal: int = 0
+
+    def problem(self, n: int, k: int, dtype: str) -> str:
+        problem = super().problem(n, k, dtype)
+        if problem:
+            return problem
+        steps, rest = divmod(k, self.block_k * self.splits)
+        if rest or not self.num_stages <= steps <= MOST_STEPS or self.signal not in (0, 1, 4):
+            return f"splits of whole steps, {MOST_STEPS} at most and no fewer than stages, make up K; signal is 0, 1 or 4"
+        return ""
+
+
+@dataclass(frozen=True)
+class Streamed(Tiling):
+    """For ``stream.py``: a program has ``tiles`` times ``block_n`` rows of w and all of K, in steps of ``block_k``.
+
+    num_stages       steps of weights in shared memory, or 0: ``window`` steps of them in registers
+    window           steps of x in registers
+    signal, bring    as they are there
+    bypass           1: as there
+    """
+
+    kind: int = 2
+    window: int = 4
+    signal: int = 1
+    tiles: int = 1
+    bring: int = 0
+    bypass: int = 0
+
+    def shared(self, dtype: str) -> int:
+        sums = self.num_warps * self.block_m * self.block_n * 4
+        ring = self.num_stages * self.block_n * self.block_k
+        return ring + sums if self.tiles > 1 else max(ring, sums)
+
+    def problem(self, n: int, k: int, dtype: str) -> str:
+        sizes = (self.block_m, self.block_n, self.block_k, self.num_warps)
+        least = self.block_m >= 8 and self.block_n >= 16 and self.block_k >= 64 * self.num_warps
+        if min(sizes) < 1 or any(one & (one - 1) for one in sizes) or not least:
+            return "blocks are powers of two, of 8, 16 and 64 bytes for each warp at least"
+        if dtype != "float8e4m3" or self.splits != 1 or self.tiles < 1 or (self.tiles > 1 and n % (self.block_n * self.tiles)):
+            return "it is for float8e4m3, without splits, and several tiles divide N"
+        steps, rest = divmod(k, self.block_k)
+        if rest or self.window < 1 or steps % self.window or not 0 <= self.num_stages <= steps * self.tiles:
+            return "steps divide K, the window divides the steps, and there are as many as stages"
+        if self.bring and not (
+            self.num_stages
+            and self.bring in [self.num_warps * size for size in (128, 256, 512)]
+            and self.bring + self.num_stages * self.block_k <= k
+        ):
+            return "what is brought is 128, 256 or 512 bytes for each warp, behind a ring and inside K"
+        if self.signal not in range(5) or self.bypass not in (0, 1) or self.shared(dtype) > SHARED:
+            return f"signal is 0 to 4, bypass 0 or 1, and its ring fits in {SHARED:,} bytes"
+        return ""
+
+
+KINDS: dict[int, type[Tiling]] = {1: Early, 2: Streamed}  # by the seventh number of a tiling; Tiling has six
 
 
 @dataclass(frozen=True)
@@ -86,7 +162,8 @@ def alternatives(
     """Launches for few rows, in the order of rows; none for a product that the kernel cannot do. Scales as in ``launches``.
 
     Tuning: ``skinny``: {"NxK": {most rows: [block_m, block_n, block_k, splits, warps, stages]}} takes the place of the defaults
-    of that shape ("NxK.dtype" where two dtypes have it), so that {} leaves it to cuBLASLt.
+    of that shape ("NxK.dtype" where two dtypes have it), so that {} leaves it to cuBLASLt. A seventh number is another kernel's
+    kind, 1 for ``Early`` and 2 for ``Streamed``, whose other fields may follow.
     """
     n, k = w.shape
     assert isinstance(n, int) and isinstance(k, int)
@@ -97,7 +174,7 @@ def alternatives(
     chosen = tuning.get("skinny", {})
     name = next((name for name in (f"{n}x{k}.{w.dtype}", f"{n}x{k}") if name in chosen), None)
     if name is not None:
-        found = {int(most): _tuned(name, most, numbers, w.dtype) for most, numbers in chosen[name].items()}
+        found = {int(most): _tuned(name, most, numbers, n, k, w.dtype) for most, numbers in chosen[name].items()}
     made = []
     for most, tiles in sorted(found.items()):
         few = launches(x, w, y, tiles, w_scale, x_scale, COUNTERS, most)
@@ -105,21 +182,21 @@ def alternatives(
     return made
 
 
-def _tuned(name: str, most: Any, numbers: Any, dtype: str) -> Tiling:
+def _tuned(name: str, most: Any, numbers: Any, n: int, k: int, dtype: str) -> Tiling:
     """A tiling as a hardware profile has it. CompileError for one that no kernel has."""
     try:
-        tiles = Tiling(*(int(number) for number in numbers))
-    except (TypeError, ValueError):
+        given = [int(number) for number in numbers]
+        kind = KINDS[given[6]] if len(given) > 6 else Tiling
+        tiles = kind(*given)
+    except (TypeError, ValueError, KeyError):
+        others = "; ".join(f"kind {one}: {', '.join(f.name for f in fields(kind)[7:])}" for one, kind in KINDS.items())
         raise CompileError(
-            f"tuning.skinny.{name}.{most} is {numbers!r}, not [block_m, block_n, block_k, splits, warps, stages]"
+            f"tuning.skinny.{name}.{most} is {numbers!r}, not [block_m, block_n, block_k, splits, warps, stages], which a kind "
+            f"and its own numbers may follow ({others})"
         ) from None
-    powers = (tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps)
-    fits = tiles.block_m >= 16 and tiles.block_n >= 64 and tiles.block_k * ITEMS[dtype] >= 32 and tiles.shared(dtype) <= SHARED
-    if not fits or any(one & (one - 1) for one in powers) or min(tiles.splits, tiles.num_warps, tiles.num_stages, int(most)) < 1:
-        raise CompileError(
-            f"tuning.skinny.{name}.{most}: {tiles} is no tiling for {dtype}: blocks are powers of two, of 16, 64 and 32 bytes at "
-            f"least, and its stages fit in {SHARED:,} bytes"
-        )
+    problem = tiles.problem(n, k, dtype) if int(most) >= 1 else "there is one row at least"
+    if problem:
+        raise CompileError(f"tuning.skinny.{name}.{most}: {tiles} is no tiling for {dtype}: {problem}")
     return tiles
 
 
@@ -146,14 +223,17 @@ def launches(
     fp8 = w.dtype == "float8e4m3"
     assert fp8 == (x_scale is not None) and (fp8 or w_scale is None)
     assert k * ITEMS[w.dtype] % 16 == 0, f"{w.name}: rows of {k} {w.dtype} do not begin at multiples of 16 bytes"
-    rows, split = x.rows, tiles.splits > 1
-    counted = split and counters is not None
-    parts = Scratch("skinny.partial", fixed(max(1, tiles.splits * (most_rows or tiles.block_m) * n * 4)))
     # What a variant does not read has a place in its argument list all the same: y stands there.
     scales = tuple((name, one.name if one else y.name) for name, one in (("w_scale", w_scale), ("x_scale", x_scale)))
     scaled: tuple[tuple[str, bool], ...] = (("X_SCALED", x_scale is not None), ("W_SCALED", w_scale is not None))
+    if isinstance(tiles, Streamed):
+        return [_streamed(x, w, y, tiles, scales, scaled)]
+    rows, split = x.rows, tiles.splits > 1
+    counted = split and counters is not None
+    parts = Scratch("skinny.partial", fixed(max(1, tiles.splits * (most_rows or tiles.block_m) * n * 4)))
+    early = (("AHEAD", tiles.num_stages), ("SIGNAL", tiles.signal)) if isinstance(tiles, Early) else ()
     kernel = Kernel(
-        f"{KERNELS}:skinny_gemm",
+        f"{EARLY_KERNELS}:early_gemm" if early else f"{KERNELS}:skinny_gemm",
         (
             ("x", x.pointer),
             ("w", w.pointer),
@@ -173,9 +253,10 @@ def launches(
             *scaled,
             ("COUNTED", counted),
             ("PROMOTE", min(PROMOTE, tiles.block_k) if fp8 else 0),
+            *early,
         ),
         tiles.num_warps,
-        tiles.num_stages,
+        1 if early else tiles.num_stages,
         overlaps=True,
     )
     grid = fixed(-(-n // tiles.block_n)), fixed(tiles.splits), Size(rows.symbol, rows.times, rows.over * tiles.block_m)
@@ -199,6 +280,43 @@ def launches(
         args = (parts, *(name for _, name in scales), y.name, rows)
         made.append(Launch(adder, (fixed(-(-n // SUM_BLOCK)), rows, fixed(1)), args))
     return made
+
+
+def _streamed(
+    x: TensorRef,
+    w: TensorRef,
+    y: TensorRef,
+    tiles: Streamed,
+    scales: tuple[tuple[str, str], ...],
+    scaled: tuple[tuple[str, bool], ...],
+) -> Launch:
+    """The launch of ``stream.py``."""
+    n, k = w.shape
+    assert isinstance(n, int) and isinstance(k, int)
+    kernel = Kernel(
+        f"{STREAM_KERNELS}:stream_gemm",
+        (("x", x.pointer), ("w", w.pointer), *((name, "*fp32") for name, _ in scales), ("y", y.pointer), ("M", "i32")),
+        (
+            ("N", n),
+            ("K", k),
+            ("BLOCK_M", tiles.block_m),
+            ("BLOCK_N", tiles.block_n),
+            ("SLICE", tiles.block_k // tiles.num_warps),
+            ("TILES", tiles.tiles),
+            ("STAGES", tiles.num_stages),
+            ("WINDOW", tiles.window),
+            ("SIGNAL", tiles.signal),
+            ("BRING", tiles.bring),
+            ("BYPASS", bool(tiles.bypass)),
+            *scaled,
+        ),
+        tiles.num_warps,
+        1,
+        overlaps=True,
+    )
+    rows = x.rows
+    grid = fixed(-(-n // (tiles.block_n * tiles.tiles))), fixed(1), Size(rows.symbol, rows.times, rows.over * tiles.block_m)
+    return Launch(kernel, grid, (x.name, w.name, *(name for _, name in scales), y.name, rows))
 
 
 def counters_for(n: int, tiles: Tiling, most_rows: int = 0) -> int:

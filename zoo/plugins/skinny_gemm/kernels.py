@@ -32,7 +32,7 @@ from zoo.plugins.overlap.kernels import start_dependents, wait_for_inputs
 
 
 @triton.jit
-def _scales(w_scale, x_scale, n, N: tl.constexpr, X_SCALED: tl.constexpr, W_SCALED: tl.constexpr):
+def scales_of(w_scale, x_scale, n, N: tl.constexpr, X_SCALED: tl.constexpr, W_SCALED: tl.constexpr):
     """What sums of rows n of w are multiplied by, as n is shaped."""
     scale = tl.full(n.shape, 1.0, tl.float32)
     if W_SCALED:
@@ -48,6 +48,30 @@ def _finish(total, scales, y, m, n, M, N: tl.constexpr):
     total = total * scales[:, None]
     places = y + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(places, tl.trans(total).to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def finish_share(
+    total, scales, y, partial, counters, tile, split, block, m, n, M,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_N, BLOCK_M] of a share of K: to y if there is no other, else to ``partial``; the last of COUNTED adds them."""
+    if SPLITS == 1:
+        _finish(total, scales, y, m, n, M, N)
+    else:
+        inside = (m[None, :] < M) & (n[:, None] < N)
+        places = partial + m[None, :].to(tl.int64) * N + n[:, None]
+        stride = M.to(tl.int64) * N
+        tl.store(places + split * stride, total, mask=inside, cache_modifier=".cg")
+        if COUNTED:
+            tl.debug_barrier()  # every thread's part is written before one of them says so
+            counter = counters + block * tl.num_programs(0) + tile
+            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+                total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for part in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=1):
+                    total += tl.load(places + part * stride, mask=inside, other=0.0, cache_modifier=".cg")
+                _finish(total, scales, y, m, n, M, N)
+                tl.store(counter, 0)
 
 
 @triton.jit
@@ -83,7 +107,7 @@ def skinny_gemm(
     # the tile's first weight is found in 64 bits, what lies inside a tile in 32
     w_places = w + (tile.to(tl.int64) * BLOCK_N * K) + (rows[:, None] * K + k[None, :])
     x_places = x + m[:, None] * K + k[None, :]
-    scales = _scales(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
+    scales = scales_of(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
     wait_for_inputs()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(STEPS):
@@ -103,22 +127,9 @@ def skinny_gemm(
         w_places += BLOCK_K
         x_places += BLOCK_K
     start_dependents()
-    if SPLITS == 1:
-        _finish(total, scales, y, m, n, M, N)
-    else:
-        inside = (m[None, :] < M) & (n[:, None] < N)
-        places = partial + m[None, :].to(tl.int64) * N + n[:, None]
-        stride = M.to(tl.int64) * N
-        tl.store(places + split * stride, total, mask=inside, cache_modifier=".cg")
-        if COUNTED:
-            tl.debug_barrier()  # every thread's part is written before one of them says so
-            counter = counters + block * tl.num_programs(0) + tile
-            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-                total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for part in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=1):
-                    total += tl.load(places + part * stride, mask=inside, other=0.0, cache_modifier=".cg")
-                _finish(total, scales, y, m, n, M, N)
-                tl.store(counter, 0)
+    finish_share(
+        total, scales, y, partial, counters, tile, split, block, m, n, M, N, BLOCK_M, BLOCK_N, SPLITS, COUNTED
+    )  # fmt: skip
 
 
 @triton.jit
@@ -139,7 +150,7 @@ def sum_partials(
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     places = partial + row * N + n
-    scales = _scales(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
+    scales = scales_of(w_scale, x_scale, n, N, X_SCALED, W_SCALED)
     wait_for_inputs()
     total = tl.zeros((BLOCK_N,), tl.float32)
     for part in tl.static_range(SPLITS):

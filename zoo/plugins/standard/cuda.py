@@ -55,6 +55,10 @@ def sigmoid(node: CudaNode) -> list[Launch]:
     return _unary(node, "sigmoid")
 
 
+def tanh(node: CudaNode) -> list[Launch]:
+    return _unary(node, "tanh")
+
+
 def relu(node: CudaNode) -> list[Launch]:
     return _unary(node, RELU)
 
@@ -64,26 +68,28 @@ def gelu(node: CudaNode) -> list[Launch]:
 
 
 def _binary(node: CudaNode, op: str) -> list[Launch]:
-    """Equal shapes, or one operand a row that all rows of the other share."""
+    """Equal shapes, or one operand a number, a row that all rows share, or rows [H, N] for an output [..., H, N]."""
     a, b = _given(node, 2)
     y = node.outputs[0]
-    if 1 in node.scales or (_is_row(a, y) and not _is_row(b, y)):
+    if op != "divide" and (1 in node.scales or (_period(a, y) not in (0, None) and _period(b, y) == 0)):
         a, b = b, a
-    scale = next(iter(node.scales.values()), a)
-    shared = _is_row(b, y) and not _same(b, y)
-    if not _same(a, y) or not (shared or _same(b, y)):
+    scale, period = next(iter(node.scales.values()), a), _period(b, y)
+    if _period(a, y) != 0 or period is None:
         raise _refuse(node, f"shapes {list(a.shape)} and {list(b.shape)} are neither equal nor a row beside rows")
     tensors = [("a", a), ("b", b), ("a_scale", scale), ("y", y)]
-    return [tiles(y).launch(f"{KERNELS}:binary", tensors, OP=op, SHARED=shared, SCALED=bool(node.scales))]
+    return [tiles(y).launch(f"{KERNELS}:binary", tensors, OP=op, PERIOD=period, SCALED=bool(node.scales))]
 
 
-def _same(tensor: TensorRef, y: TensorRef) -> bool:
-    return matrix(tensor) == matrix(y)
-
-
-def _is_row(tensor: TensorRef, y: TensorRef) -> bool:
-    """Whether it is [N] or [1, ..., N] for an output [..., N] of constant width."""
-    return bool(y.shape) and isinstance(y.shape[-1], int) and matrix(tensor) == (fixed(1), y.shape[-1])
+def _period(tensor: TensorRef, y: TensorRef) -> int | None:
+    """How many rows an operand has that the rows of y take in turns; 0: as many as y; -1: it is a number; None: none of these."""
+    (rows, width), (_, whole) = matrix(tensor), matrix(y)
+    if matrix(tensor) == matrix(y):
+        return 0
+    if all(size == 1 for size in tensor.shape):
+        return -1
+    if rows.symbol or width != whole or (rows != fixed(1) and (rows.times,) != y.shape[-2:-1]):
+        return None
+    return rows.times
 
 
 def add(node: CudaNode) -> list[Launch]:
@@ -92,6 +98,34 @@ def add(node: CudaNode) -> list[Launch]:
 
 def multiply(node: CudaNode) -> list[Launch]:
     return _binary(node, "multiply")
+
+
+def divide(node: CudaNode) -> list[Launch]:
+    """By what has the shape of the first operand, or fewer rows."""
+    return _binary(node, "divide")
+
+
+def clip(node: CudaNode) -> list[Launch]:
+    """Between two numbers that are tensors of one element."""
+    x, low, high = _given(node, 3)
+    y = node.outputs[0]
+    if any(size != 1 for bound in (low, high) for size in bound.shape):
+        raise _refuse(node, f"its bounds have the shapes {list(low.shape)} and {list(high.shape)}, not one element")
+    return [tiles(y).launch(f"{KERNELS}:clip", [("x", x), ("low", low), ("high", high), ("y", y)])]
+
+
+def concat(node: CudaNode) -> list[Launch]:
+    """Along the last axis: one launch an input."""
+    y = node.outputs[0]
+    _check_last_axis(node, y)
+    (_, width), start, launches = matrix(y), 0, []
+    for x in node.inputs:
+        assert x is not None
+        launches.append(tiles(x).launch(f"{KERNELS}:paste_columns", [("x", x), ("y", y)], TO=width, START=start))
+        start += matrix(x)[1]
+    if start != width:
+        raise _refuse(node, f"its inputs have {start} columns, its output {width}")
+    return launches
 
 
 def split(node: CudaNode) -> list[Launch]:
@@ -127,11 +161,12 @@ def rms_normalization(node: CudaNode) -> list[Launch]:
 
 
 def layer_normalization(node: CudaNode) -> list[Launch]:
-    x, weight, bias = _given(node, 3)
+    biased = len(node.inputs) == 3
+    x, weight, *bias = _given(node, 3 if biased else 2)
     _check_norm(node, x)
-    tensors = [("x", x), ("weight", weight), ("bias", bias), ("y", node.outputs[0])]
+    tensors = [("x", x), ("weight", weight), ("bias", bias[0] if biased else weight), ("y", node.outputs[0])]
     epsilon = float(node.attrs.get("epsilon", 1e-5))
-    return [row_tiles(node, x).launch(f"{KERNELS}:layer_norm", tensors, [("epsilon", "fp32", epsilon)])]
+    return [row_tiles(node, x).launch(f"{KERNELS}:layer_norm", tensors, [("epsilon", "fp32", epsilon)], BIASED=biased)]
 
 
 def _check_norm(node: CudaNode, x: TensorRef) -> None:
@@ -143,6 +178,9 @@ def _check_norm(node: CudaNode, x: TensorRef) -> None:
 STANDARD: Mapping[str, Lower] = {
     "Add": add,
     "Cast": cast,
+    "Clip": clip,
+    "Concat": concat,
+    "Div": divide,
     "Gather": gather,
     "Gelu": gelu,
     "LayerNormalization": layer_normalization,
@@ -151,4 +189,5 @@ STANDARD: Mapping[str, Lower] = {
     "Relu": relu,
     "Sigmoid": sigmoid,
     "Split": split,
+    "Tanh": tanh,
 }

@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ArtifactError, CheckpointError
+from zoo.modelspec import ALIBI_RULES
+from zoo.ropetables import NUMBERS
 from zoo.runtime.cuda.checks import AGAIN, BYTES, read_json, said
 from zoo.weights.reader import NUMPY, Tensors
 from zoo.weights.recipe import Recipe, Weight
-
-ROPE = {
-    "default": ("rotary_dim", "theta"),
-    "linear": ("rotary_dim", "theta", "factor"),
-    "llama3": ("rotary_dim", "theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
-}
 
 
 def read_table(folder: Path) -> list[Weight]:
@@ -83,6 +79,13 @@ def _shape(recipe: Recipe, given: Sequence[tuple[int, ...]]) -> tuple[int, ...] 
             axis, start, stop = _axis(recipe["axis"], given[0]), recipe["start"], recipe["stop"]
             inside = type(start) is int and type(stop) is int and 0 <= start <= stop <= given[0][axis]
             return (*given[0][:axis], stop - start, *given[0][axis + 1 :]) if inside else None
+        case "every":
+            axis, start, step = _axis(recipe["axis"], given[0]), recipe["start"], recipe["step"]
+            size = given[0][axis]
+            fits = type(start) is int and type(step) is int and 0 <= start < step and size % step == 0
+            return (*given[0][:axis], size // step, *given[0][axis + 1 :]) if fits else None
+        case "shift":
+            return given[0] if math.isfinite(float(recipe["value"])) else None
         case "channel_scale":
             return (given[0][_axis(recipe["axis"], given[0])],) if 0 < float(recipe["limit"]) < float("inf") else None
         case "quantize":
@@ -98,16 +101,33 @@ def _axis(axis: Any, shape: Sequence[int]) -> int:
 
 
 def _is_table(kind: str, params: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
-    """Whether ``zoo.weights.tables`` can make it: it knows the kind, and parameters are numbers."""
-    numbers = {key: float(value) for key, value in params.items() if key != "kind"}
-    if not all(math.isfinite(number) for number in numbers.values()):
+    """Whether ``zoo.weights.tables`` can make it: it knows the kind, and parameters are finite numbers, or lists of them."""
+    texts = {key: params[key] for key in ("kind", "rule") if key in params}
+    lists = {key: value for key, value in params.items() if isinstance(value, tuple)}
+    numbers = {key: float(value) for key, value in params.items() if key not in texts and key not in lists}
+    found = [*numbers.values(), *(float(value) for many in lists.values() for value in many)]
+    if not all(math.isfinite(number) for number in found):
         return False
     if kind == "constant":
         return "value" in numbers
-    needed = ROPE.get(str(params.get("kind", "default")))
-    if kind not in ("rope_cos", "rope_sin") or needed is None or not numbers.keys() >= set(needed):
+    if kind == "alibi_slopes":
+        sound = numbers.get("factor", 1.0) > 0 and texts.get("rule", "bloom") in ALIBI_RULES
+        return sound and shape == (numbers.get("heads"),) and numbers["heads"] >= 1
+    return kind in ("rope_cos", "rope_sin") and _is_rope(texts, numbers, lists, shape)
+
+
+def _is_rope(
+    texts: Mapping[str, Any], numbers: Mapping[str, float], lists: Mapping[str, tuple[Any, ...]], shape: tuple[int, ...]
+) -> bool:
+    needed = NUMBERS.get(str(texts.get("kind", "default")))
+    if needed is None or not {*numbers, *lists} >= {"rotary_dim", "theta", *needed} or len(shape) != 2:
         return False
-    return numbers["rotary_dim"] == int(numbers["rotary_dim"]) and shape[1:] == (-(-int(numbers["rotary_dim"]) // 2),)
+    pairs = numbers["rotary_dim"] // 2
+    factors = [len(lists[key]) for key in ("short_factor", "long_factor") if key in needed]
+    lengths: Sequence[Any] = lists.get("lengths", (shape[0],))
+    positive = all(numbers[key] > 0 for key in ("rotary_dim", "theta", *needed) if key in numbers and key != "truncate")
+    whole = all(isinstance(length, int) and length > 0 for length in lengths)
+    return positive and whole and shape[1] == pairs and sum(lengths) <= shape[0] and all(count == pairs for count in factors)
 
 
 def check_products(plan: Mapping[str, Any], table: Sequence[Weight]) -> None:
