@@ -1,4 +1,4 @@
-"""``LLM``: a REF or a folder in, tokens out. Names and meanings follow vLLM's LLM API.
+"""``LLM``: a REF or a folder in, tokens out, or of an encoder embeddings. Names and meanings follow vLLM's LLM API.
 
 with LLM("zoo-demo") as llm:
     print(llm.generate("def main(")[0].outputs[0].text)
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,10 +27,13 @@ from zoo.artifacts.registry import Entry, Opened, Registry, default_root
 from zoo.artifacts.select import Needs, choose, describe_machine, why_not
 from zoo.errors import ArtifactError, CheckpointError, IncompatibleError, NotFoundError, RequestError
 from zoo.runtime.abi import EngineLimits, Session
+from zoo.runtime.embedding import Embedder, EmbeddingOutput, EncoderSession, encoder_session
 from zoo.runtime.engine import Engine
+from zoo.runtime.grammar import Grammars
+from zoo.runtime.progress import with_progress
 from zoo.runtime.prompts import Prompt, read_params, read_prompts
 from zoo.runtime.request import SEEDS, CompletionOutput, Piece, RequestOutput, SamplingParams
-from zoo.runtime.sessions import check_threads, open_session
+from zoo.runtime.sessions import check_threads, open_encoder, open_session
 from zoo.runtime.tokenizer import GenerationConfig, Tokenizer
 from zoo.spec import BuildSpec
 
@@ -76,7 +80,11 @@ class LLM:
         opened = store.open(ref)
         try:
             folder = Path(checkpoint) if checkpoint is not None else None
-            session = open_session(opened.folder, opened.manifest, threads, limits.get("max_blocks", 0), folder)
+            session: Session | EncoderSession
+            if opened.manifest.pooling:
+                session = open_encoder(opened.folder, opened.manifest, threads, folder)
+            else:
+                session = open_session(opened.folder, opened.manifest, threads, limits.get("max_blocks", 0), folder)
             try:
                 self._start(session, folder or opened.folder / "tokenizer", limits)
             except BaseException:
@@ -89,29 +97,43 @@ class LLM:
         self._opened: Opened | None = opened
 
     @classmethod
-    def from_session(cls, session: Session, tokenizer_folder: Path | None = None, **limits: int) -> LLM:
+    def from_session(cls, session: Session | EncoderSession, tokenizer_folder: Path | None = None, **limits: int) -> LLM:
         """An LLM over a session that is open already; ``close`` closes it. Without a tokenizer it takes token ids only."""
         llm = cls.__new__(cls)
         llm.ref, llm._opened = "", None
         llm._start(session, tokenizer_folder, limits)
         return llm
 
-    def _start(self, session: Session, folder: Path | None, limits: dict[str, int]) -> None:
+    def _start(self, session: Session | EncoderSession, folder: Path | None, limits: dict[str, int]) -> None:
         present = folder is not None and (folder / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer(folder) if folder is not None and present else None
         self._generation = GenerationConfig(folder, self.tokenizer) if folder is not None else None
         ends = self._generation.end_token_ids if self._generation else ()
         detokenizer = self.tokenizer.detokenizer if self.tokenizer else None
-        self.engine = Engine(session, detokenizer, ends, _lower(session.limits, limits))
+        lower, encoder = _lower(session.limits, limits), encoder_session(session)
+        file = folder / "tokenizer.json" if folder is not None and present else None
+        grammars = functools.partial(Grammars, file, session.vocab_size, ends) if file is not None and not encoder else None
+        self._runner = (
+            Embedder(encoder, lower) if encoder else Engine(cast(Session, session), detokenizer, ends, lower, grammars=grammars)
+        )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[Piece]] = {}
         self._count = 0
         self._closed = False
 
     @property
+    def engine(self) -> Engine:
+        """The loop that generates. RequestError for an encoder, which has none."""
+        if isinstance(self._runner, Embedder):
+            raise RequestError(
+                f"{self.ref or 'this model'} is an encoder: it generates nothing; use LLM.embed, or `zoo embed REF TEXT ...`"
+            )
+        return self._runner
+
+    @property
     def limits(self) -> EngineLimits:
-        """What the scheduler keeps to."""
-        return self.engine.scheduler.limits
+        """What a step keeps to. An encoder has no rows and no blocks: theirs are 0."""
+        return self._runner.limits if isinstance(self._runner, Embedder) else self._runner.scheduler.limits
 
     def default_params(self) -> SamplingParams:
         """What ``generate`` uses when it is given no parameters: the model's generation_config.json over vLLM's defaults."""
@@ -139,9 +161,27 @@ class LLM:
         Raises RequestError, before anything runs, for a prompt or parameter that cannot be served. A request that fails while
         it runs has the finish_reason "error"; the others go on.
         """
+        _ = self.engine  # an encoder is told so before its prompt is looked at
         texts, ids = read_prompts(prompts, self.encode)
         params = read_params(sampling_params, len(ids), self.default_params)
         return self._complete(texts, ids, params, use_progress)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], normalize: bool = True) -> list[EmbeddingOutput]:
+        """The embeddings of prompts, in order: ``.embedding`` [E] float32, ``.prompt_token_ids``. For encoders.
+
+        prompts     as of ``generate``; texts get the special tokens that the model's tokenizer adds
+        normalize   give vectors of length 1, so that their products are cosines
+
+        Raises RequestError, before anything runs, for a prompt that is too long or empty, and for a model that is no encoder.
+        """
+        if not isinstance(self._runner, Embedder):
+            raise RequestError(
+                f"{self.ref or 'this model'} is a decoder: it gives no embeddings; use LLM.generate, or embed with an encoder"
+            )
+        self._need_open()
+        texts, ids = read_prompts(prompts, self.encode)
+        found = self._runner.embed(ids, normalize)
+        return [EmbeddingOutput(*one) for one in zip(texts, ids, found, strict=True)]
 
     def chat(
         self,
@@ -154,6 +194,7 @@ class LLM:
 
         ``template_options`` (add_generation_prompt, tools, ...) go to the template; see ``ChatTemplate.render``.
         """
+        _ = self.engine
         tokenizer = self._need_tokenizer("chat")
         chats: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [tokenizer.render_chat(chat, **template_options) for chat in chats]
@@ -166,6 +207,7 @@ class LLM:
         The pieces' texts joined are the text that ``generate`` gives. Closing the iterator early drops the request. Raises
         RequestError at once for what cannot be served, and from the iterator if the request fails while it runs.
         """
+        _ = self.engine
         _, [ids] = read_prompts([prompt], self.encode)
         [params] = read_params(sampling_params, 1, self.default_params)
         if params.n != 1:
@@ -185,7 +227,7 @@ class LLM:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self.engine.close()
+                self._runner.close()
                 if self._opened is not None:
                     self._opened.close()
 
@@ -213,7 +255,7 @@ class LLM:
                 places[child] = completion
         texts_of: dict[str, list[str]] = {name: [] for name in places}
         with closing(self._run(requests)) as pieces:
-            for piece in _with_progress(pieces, len(requests)) if progress else pieces:
+            for piece in with_progress(pieces, len(requests)) if progress else pieces:
                 texts_of[piece.request_id].append(piece.text)
                 _extend(places[piece.request_id], piece)
         for name, completion in places.items():
@@ -288,21 +330,6 @@ def _extend(completion: CompletionOutput, piece: Piece) -> None:
         completion.finish_reason, completion.stop_reason, completion.error = piece.finish_reason, piece.stop_reason, piece.error
         if piece.error is not None:
             log.error(piece.error)
-
-
-def _with_progress(pieces: Iterable[Piece], requests: int) -> Iterator[Piece]:
-    """Pass pieces on beside a progress bar of finished requests, on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    tokens = 0
-    shown = iter(track(range(requests), "generating", console=Console(stderr=True)))
-    next(shown, None)
-    for piece in pieces:
-        tokens += len(piece.token_ids)
-        yield piece
-        if piece.finished:
-            next(shown, None)
 
 
 def _check_options(model: object, threads: int, limits: Mapping[str, object]) -> None:

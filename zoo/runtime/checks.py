@@ -35,5 +35,7 @@ def check_request(
             raise RequestError(f"{what} has token id {wrong}; the model's ids are 0 to {vocab_size - 1}")
     if params.stop_strings and not has_tokenizer:
         raise RequestError("stop needs a tokenizer, and this engine has none; use stop_token_ids")
+    if params.grammar is not None and not has_tokenizer:
+        raise RequestError("a grammar needs a tokenizer, and this engine has none; leave it out")
     if params.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs is not supported yet; leave it out")

@@ -19,6 +19,7 @@ Not thread-safe: one thread at a time adds, aborts and steps.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from typing import TypeVar
 import numpy as np
 
 from zoo.errors import RequestError
-from zoo.runtime.abi import STEPS_AHEAD, EngineLimits, Sampling, Session, StepResult, Ticket, sampling_session
+from zoo.runtime.abi import STEPS_AHEAD, EngineLimits, Sampling, Session, StepResult, Ticket, rope_tables, sampling_session
+from zoo.runtime.checks import check_request
 from zoo.runtime.detokenizer import Detokenizer, TextStream
+from zoo.runtime.grammar import Grammar, Grammars, Walk
 from zoo.runtime.request import Piece, SamplingParams
 from zoo.runtime.rows import Step
 from zoo.runtime.sampler import Chosen
@@ -64,6 +67,7 @@ class Engine:
     detokenizer     None for an engine without a tokenizer: texts are empty and stop strings are refused
     end_token_ids   the model's own end tokens
     limits          lower ones than the session's, for scheduling
+    grammars        makes what compiles grammars, when first needed; None: requests with a grammar are refused
     steps_ahead     how many steps are submitted before the result of the one before is read, where the session samples
     """
 
@@ -74,13 +78,16 @@ class Engine:
         end_token_ids: Iterable[int] = (),
         limits: EngineLimits | None = None,
         steps_ahead: int = STEPS_AHEAD,
+        grammars: Callable[[], Grammars] | None = None,
     ) -> None:
         self.session = session
-        self.scheduler: Scheduler[Request] = Scheduler(limits or session.limits)
+        self.scheduler: Scheduler[Request] = Scheduler(limits or session.limits, rope_tables(session))
         self.end_token_ids = frozenset(end_token_ids)
         self._detokenizer = detokenizer
+        self._grammars = functools.cache(grammars) if grammars else None
         self._sampler = sampling_session(session)
         self._ahead = min(steps_ahead, STEPS_AHEAD) if self._sampler else 0
+        self._adjusted: set[str] = set()  # requests, not finished, whose logits the session adjusts
         self._flights: deque[_Flight] = deque()
         self._stalled = False  # something went up: steps that are under way come first
 
@@ -91,27 +98,8 @@ class Engine:
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this. Reads nothing that changes, so it can be called ahead of time."""
-        params.check()
-        length, room = len(prompt_token_ids), self.scheduler.max_length
-        if not length:
-            raise RequestError("the prompt is empty: give at least one token")
-        if length >= room:
-            raise RequestError(
-                f"the prompt has {length} tokens, but this engine holds {room} tokens of one sequence, prompt and "
-                f"continuation together; give at most {room - 1}, or build the engine with a larger limits.max_context"
-            )
-        vocabulary = self.session.vocab_size
-        named = [
-            ("prompt", prompt_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-            ("stop_token_ids", params.stop_token_ids or ()),
-        ]
-        for what, tokens in named:
-            if min(tokens, default=0) < 0 or max(tokens, default=0) >= vocabulary:
-                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-                raise RequestError(f"{what} has token id {wrong}; the model's ids are 0 to {vocabulary - 1}")
-        if params.stop_strings and self._detokenizer is None:
-            raise RequestError("stop needs a tokenizer, and this engine has none; use stop_token_ids")
+        has_tokenizer = self._detokenizer is not None
+        check_request(prompt_token_ids, params, self.scheduler.max_length, self.session.vocab_size, has_tokenizer)
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
         """Queue a request for one continuation (``params.n`` is for the caller to unfold). Smaller priorities run first.
@@ -129,12 +117,26 @@ class Engine:
         request.end_tokens = ends
         request.text = self._detokenizer.stream(params.skip_special_tokens) if self._detokenizer else None
         request.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output) if params.stop_strings else None
-        request.choose_by(prompt_token_ids, self.session.vocab_size, self._sampler is not None)
+        walk = self._compile(params.grammar) if params.grammar is not None else None
+        request.choose_by(prompt_token_ids, self.session.vocab_size, self._sampler is not None, self._reserve, walk)
+        if request.adjustment is not None:
+            self._adjusted.add(request_id)
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks; nothing more comes of it. False if there is no such request (any more)."""
+        self._adjusted.discard(request_id)
         return self.scheduler.remove(request_id)
+
+    def _compile(self, grammar: Grammar) -> Walk:
+        if self._grammars is None:
+            raise RequestError("this engine takes no grammars; leave it out")
+        return self._grammars().compile(grammar)
+
+    def _reserve(self) -> bool:
+        """Whether the session can adjust the logits of one request more."""
+        slots = min(len(self._adjusted) + 1, self.scheduler.capacity)
+        return self._sampler is not None and self._sampler.reserve(slots)
 
     def step(self) -> list[Piece]:
         """Advance the requests by one step; a piece for each that got a token. Empty if prompts are still being computed, and

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import RequestError
+from zoo.runtime.grammar import Grammar
 
 INTEGERS = (int, np.integer)
 NUMBERS = (*INTEGERS, float, np.floating)
@@ -63,6 +64,7 @@ class SamplingParams:
                            before temperature, penalties, bias and filters
     prompt_logprobs        the same for each token of the prompt but the first, which has none
     skip_special_tokens    leave special tokens out of the text
+    grammar                what the whole answer must be: a ``zoo.runtime.grammar.Grammar``
 
     Raises RequestError that names the field, what was found and what is allowed.
     """
@@ -86,6 +88,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self.check()
@@ -112,6 +115,10 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, "a whole number of at least 0, or None")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar is {self.grammar!r}; it must be a Grammar")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos does not go with a grammar, which says where the answer ends; leave one of them out")
         self._check_stops()
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.runtime.abi import Float32
+from zoo.runtime.grammar import Walk
 from zoo.runtime.request import SamplingParams
 
 Ids = npt.NDArray[np.int64]
@@ -69,13 +70,22 @@ def candidates(scores: Float32, params: SamplingParams) -> tuple[Ids, Float64]:
 class Chooser:
     """One continuation's way of choosing tokens: its parameters, its random generator, the tokens it has used.
 
-    ``end_tokens`` are the ids that stop it; they are kept out until ``min_tokens``. ``vocab_size`` is V.
+    ``end_tokens`` are the ids that stop it; they are kept out until ``min_tokens``. ``vocab_size`` is V. ``walk``: its way
+    through a grammar. ``problem`` says why ``choose`` gave -1.
     """
 
-    __slots__ = ("_ban", "_bias", "_counts", "_random", "_seen", "params", "plain")
+    __slots__ = ("_ban", "_bias", "_counts", "_random", "_seen", "_walk", "params", "plain", "problem")
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, end_tokens: Iterable[int] = ()) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab_size: int,
+        end_tokens: Iterable[int] = (),
+        walk: Walk | None = None,
+    ) -> None:
+        self.params, self._walk = params, walk
+        self.problem = "min_tokens, logit_bias and the grammar leave no token to choose"
         self._ban = np.array([t for t in end_tokens if t < vocab_size], np.int64) if params.min_tokens else np.empty(0, np.int64)
         self._bias: tuple[Ids, Float32] | None = None
         if params.logit_bias:
@@ -90,7 +100,7 @@ class Chooser:
         seed = None if params.seed is None else int(params.seed)
         self._random = np.random.Generator(np.random.PCG64(seed)) if params.temperature >= GREEDY else None
         # Nothing but the row's largest logit decides.
-        adjusted = bool(params.min_tokens) or any(x is not None for x in (self._bias, self._seen, self._counts))
+        adjusted = bool(params.min_tokens) or any(x is not None for x in (self._bias, self._seen, self._counts, walk))
         self.plain = self._random is None and not adjusted and params.logprobs is None
 
     def _adjust(self, logits: Float32, generated: int) -> Float32:
@@ -112,6 +122,8 @@ class Chooser:
     def choose(self, logits: Float32, generated: int) -> int:
         """The next token after ``generated`` new ones, from finite-peaked logits [V]; -1 if none is allowed."""
         scores = self._adjust(logits, generated)
+        if self._walk is not None:
+            self._walk.mask(scores)
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             return -1
@@ -123,6 +135,8 @@ class Chooser:
             self._seen[best] = True
         if self._counts is not None:
             self._counts[best] += 1
+        if self._walk is not None and (problem := self._walk.take(best)):
+            self.problem, best = problem, -1
         return best
 
 
@@ -151,7 +165,7 @@ def choose_all(logits: Float32, choosers: Sequence[Chooser], generated: Sequence
             continue
         token = chosen.token_ids[row] = chooser.choose(logits[row], generated[row])
         if token < 0:
-            chosen.errors[row] = "min_tokens and logit_bias leave no token to choose"
+            chosen.errors[row] = chooser.problem
         elif chooser.params.logprobs is not None:
             chosen.logprobs[row] = log_probabilities(logits[row], chooser.params.logprobs, token)
     return chosen

@@ -1,7 +1,7 @@
 """Who chooses a request's tokens: a session that samples, or the host from the row's logits, and what comes of both.
 
-A session knows temperature, top_k, top_p and min_p (``zoo.runtime.abi.SAMPLING``). Logprobs are ``sampler.py``'s; and so are
-logit_bias, penalties, and end tokens that are banned until ``min_tokens``, where the session has no slot for a request
+A session knows temperature, top_k, top_p and min_p (``zoo.runtime.abi.SAMPLING``). Logprobs and grammars are ``sampler.py``'s;
+so are logit_bias, penalties, and end tokens that are banned until ``min_tokens``, where the session has no slot for a request
 (``zoo.runtime.adjusting``). One step may do both, row by row. Who chooses is settled when a request comes, and stays.
 
 R rows, H rows chosen on the host, V vocabulary.
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from zoo.runtime.abi import SAMPLING, Sampling, StepResult
 from zoo.runtime.adjusting import adjustment_of, penalizes
 from zoo.runtime.detokenizer import TextStream
+from zoo.runtime.grammar import Walk
 from zoo.runtime.request import SamplingParams
 from zoo.runtime.rows import Step
 from zoo.runtime.sampler import GREEDY, Chooser, Chosen, choose_all
@@ -44,20 +45,28 @@ class Request(Sequence):
     stops: StopMatcher | None
     end_tokens: frozenset[int]
 
-    def choose_by(self, prompt: Items[int], vocab_size: int, samples: bool, reserve: Callable[[], bool] = lambda: False) -> None:
+    def choose_by(
+        self,
+        prompt: Items[int],
+        vocab_size: int,
+        samples: bool,
+        reserve: Callable[[], bool] = lambda: False,
+        walk: Walk | None = None,
+    ) -> None:
         """Settle who chooses its tokens: the session, if it ``samples`` and knows how, or else the host.
 
-        ``reserve``: whether the session has a slot for it, asked if it takes one.
+        reserve   whether the session has a slot for it, asked if it takes one
+        walk      the request's way through its grammar, if it has one
         """
         if samples:
             self.sampling = sampling_record(self.params)
             self.host_until = host_until(self)
-            if self.host_until and self.params.logprobs is None:
+            if self.host_until and self.params.logprobs is None and walk is None:
                 found = adjustment_of(self.params, self.prompt_length, self.limit, self.end_tokens, vocab_size)
                 if found is not None and reserve():
                     self.adjustment, self.host_until = found, 0
         hosted = not samples or self.host_until > 0
-        self.chooser = Chooser(self.params, prompt, vocab_size, self.end_tokens) if hosted else None
+        self.chooser = Chooser(self.params, prompt, vocab_size, self.end_tokens, walk) if hosted else None
 
 
 def sampling_record(params: SamplingParams) -> npt.NDArray[np.void]:
@@ -75,7 +84,7 @@ def sampling_record(params: SamplingParams) -> npt.NDArray[np.void]:
 def host_until(request: Request) -> int:
     """While a request knows fewer tokens than this, the host chooses the next: 0 never, its limit always."""
     params = request.params
-    if params.logprobs is not None or params.logit_bias or penalizes(params):
+    if params.logprobs is not None or params.logit_bias or params.grammar is not None or penalizes(params):
         return request.limit
     banned = params.min_tokens and request.end_tokens
     return min(request.limit, request.prompt_length + params.min_tokens) if banned else 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
+from zoo.runtime.grammar import Grammar
 from zoo.runtime.request import SamplingParams
 from zoo.serving.bodies import ResponseFormat
 from zoo.serving.reading import FieldError
@@ -11,4 +15,12 @@ def constrain(params: SamplingParams, form: ResponseFormat | None) -> SamplingPa
     """Parameters whose answers follow ``form``. FieldError for a form that cannot be followed."""
     if form is None or form.type == "text":
         return params
-    raise FieldError(f"response_format of type {form.type} is not supported by this engine", "response_format")
+    if params.ignore_eos:
+        raise FieldError("ignore_eos does not go with response_format, which says where the answer ends", "ignore_eos")
+    if form.type == "regex":
+        grammar = Grammar("regex", form.pattern or "")
+    elif form.type == "json_schema" and form.json_schema is not None:
+        grammar = Grammar("json_schema", json.dumps(form.json_schema.schema_))
+    else:
+        grammar = Grammar("json")
+    return dataclasses.replace(params, grammar=grammar)
