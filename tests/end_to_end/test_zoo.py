@@ -20,6 +20,7 @@ import zoo_cases
 from zoo import LLM, SamplingParams
 from zoo.checkpoints import Checkpoint
 from zoo.checkpoints.adopt import adopt
+from zoo.checkpoints.names import fit_names
 from zoo.config import compose_model
 from zoo.graph_templates import expand
 from zoo.spec import ModelSpec
@@ -46,7 +47,7 @@ def reference_logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.
 
 
 def spec_of(folder: Path) -> ModelSpec:
-    return compose_model(adopt(folder)).model
+    return fit_names(compose_model(adopt(folder)).model, Checkpoint.open(folder).tensors)
 
 
 def tokens(length: int, seed: int) -> list[int]:

@@ -27,6 +27,7 @@ class Case:
     config    keys of its config, beside a vocabulary of 262 and no padding token
     repack    changes the folder that transformers wrote into the form of an architecture that it does not have
     past      token count of a prompt that goes past the case's threshold (window, rotary scaling)
+    attention which of transformers' attentions is the reference
     """
 
     kind: str
@@ -34,13 +35,14 @@ class Case:
     repack: Callable[[Path], None] | None = None
     past: int = 40
     auto: str = "AutoModelForCausalLM"
+    attention: str = "eager"
 
 
 def random_model(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
     """A float32 model with every parameter random."""
     settings = {"vocab_size": 262, "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": None} | case.config
     config = transformers.AutoConfig.for_model(case.kind, **settings)
-    model = getattr(transformers, case.auto).from_config(config, attn_implementation="eager")
+    model = getattr(transformers, case.auto).from_config(config, attn_implementation=case.attention)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ __all__ = ["check_tensors", "constant_recipe", "fit_names", "has_own_head", "rec
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 NORMS = ("norm1", "norm2", "post1", "post2", "final_norm", "embed_norm", "q_norm", "k_norm", "q_a_norm", "kv_a_norm")
+LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # transformers reads both, too
 PIECE = 4 << 20  # numbers compared at a time
 LISTED = 200  # problems of one kind that an error lists
 
@@ -35,9 +36,11 @@ def recipe_for(model: ModelSpec, role: str, layer: int | None = None) -> Recipe:
         return transpose(recipe_for(model, "embed"), (1, 0))
     if base in ("q", "k", "v") and names.fused_qkv != "none":
         return _of_qkv(model, base, part, layer)
-    if base in ("gate", "up") and names.fused_gate_up:
-        whole, wide = _stored(model, "gate_up" + (part and ".bias"), layer), model.intermediate_size
-        return _half(model, whole, part, 0 if base == "gate" else wide, wide)
+    if base in ("gate", "up", "shared.gate", "shared.up") and names.fused_gate_up:
+        shared, _, half = base.rpartition(".")
+        fused = f"{shared}.gate_up" if shared else "gate_up"
+        whole, wide = _stored(model, fused + (part and ".bias"), layer), shape_of(model, base)[1]
+        return _half(model, whole, part, 0 if half == "gate" else wide, wide)
     if base in EXPERTS:
         return _of_experts(model, base, part, layer)
     if base in ("k_absorb", "v_absorb"):
@@ -65,6 +68,9 @@ def _of_qkv(model: ModelSpec, base: str, part: str, layer: int | None) -> Recipe
     first, count = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}[base]
     if model.tensors.fused_qkv == "concat":
         cuts = [(first * kv * size, count * kv * size)]
+    elif model.tensors.fused_qkv == "quarters":
+        wide, place = kv * size // 4, ("q", "v", "k").index(base)
+        cuts = [((3 * quarter + place) * wide, wide) for quarter in range(4)]
     else:
         cuts = [((number * (group + 2) + first) * size, count * size) for number in range(kv)]
     pieces = [slice_(whole, axis, start, start + length) for start, length in cuts]
@@ -134,17 +140,22 @@ def constant_recipe(value: float) -> Recipe:
 def fit_names(model: ModelSpec, tensors: Tensors) -> ModelSpec:
     """The same model with the tensor names that this checkpoint has: chooses among ``tensors.prefixes``.
 
-    A family lists prefixes because exports differ (``transformer.wte.weight`` or ``wte.weight``). Call it before the graph
-    is expanded for a checkpoint; a model with a single prefix comes back as it is.
+    A family lists prefixes because exports differ (``transformer.wte.weight`` or ``wte.weight``). A name may also be spelled as
+    the first BERT exports have it (``LEGACY``). Call it before the graph is expanded for a checkpoint; a model with a single
+    prefix comes back as it is.
     """
     names = model.tensors
     if len(names.prefixes) < 2:
         return model
 
     def pick(name: str) -> str:
-        candidates = [prefix + name for prefix in names.prefixes]
-        first = {c: c.replace("{layer}", "0").replace("{expert}", "0") for c in candidates}
-        return next((c for c in candidates if first[c] in tensors), candidates[0])
+        spelled = [name, *(name.removesuffix(ours) + theirs for ours, theirs in LEGACY.items() if name.endswith(ours))]
+        candidates = [prefix + one for prefix in names.prefixes for one in spelled]
+        layers = ("0", str(model.num_layers - 1))  # the first layer may lack what the last one has
+        return next(
+            (c for c in candidates for layer in layers if c.replace("{layer}", layer).replace("{expert}", "0") in tensors),
+            candidates[0],
+        )
 
     fitted = dataclasses.replace(
         names,
@@ -232,11 +243,15 @@ def check_tensors(model: ModelSpec, tensors: Tensors) -> None:
 
 
 def _stored(model: ModelSpec, role: str, layer: int | None) -> Recipe:
-    """The checkpoint tensor of a role, in the shape that the checkpoint stores."""
+    """The checkpoint tensor of a role, in the shape that the checkpoint stores; one for each head becomes one for all."""
     shape = shape_of(model, role)
     if _is_transposed(model, role):
         shape = shape[::-1]
-    return tensor(_name(model, role, layer), shape)
+    name = _name(model, role, layer)
+    if "{head}" not in name:
+        return tensor(name, shape)
+    rows = [tensor(name.replace("{head}", str(head)), shape[1:]) for head in range(shape[0])]
+    return concat([reshape(row, (1, *shape[1:])) for row in rows], 0)
 
 
 def _is_transposed(model: ModelSpec, role: str) -> bool:
@@ -258,10 +273,10 @@ def _known(model: ModelSpec) -> dict[str, str]:
     for role, template in model.tensors.layer.items():
         for layer in range(model.num_layers):
             name = template.replace("{layer}", str(layer))
-            experts = range(model.moe.experts) if "{expert}" in name else range(1)
-            names |= {name.replace("{expert}", str(expert)): f"layer.{layer}.{role}" for expert in experts}
+            count = model.moe.experts if "{expert}" in name else model.num_heads if "{head}" in name else 1
+            names |= {re.sub(r"\{(expert|head)\}", str(number), name): f"layer.{layer}.{role}" for number in range(count)}
     return {prefix + name: role for prefix in model.tensors.prefixes or ("",) for name, role in names.items()}
 
 
 def _ignored(model: ModelSpec) -> tuple[str, ...]:
-    return model.tensors.ignored
+    return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in model.tensors.ignored)

@@ -124,10 +124,14 @@ def _is_rope(
         return False
     pairs = numbers["rotary_dim"] // 2
     factors = [len(lists[key]) for key in ("short_factor", "long_factor") if key in needed]
-    lengths: Sequence[Any] = lists.get("lengths", (shape[0],))
+    lengths = list[Any](lists.get("lengths", (shape[0],)))
     positive = all(numbers[key] > 0 for key in ("rotary_dim", "theta", *needed) if key in numbers and key != "truncate")
-    whole = all(isinstance(length, int) and length > 0 for length in lengths)
+    whole = all(_is_length(length) for length in lengths)
     return positive and whole and shape[1] == pairs and sum(lengths) <= shape[0] and all(count == pairs for count in factors)
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def check_products(plan: Mapping[str, Any], table: Sequence[Weight]) -> None:
