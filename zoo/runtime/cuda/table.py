@@ -112,7 +112,7 @@ def _is_table(kind: str, params: Mapping[str, Any], shape: tuple[int, ...]) -> b
         return "value" in numbers
     if kind == "alibi_slopes":
         sound = numbers.get("factor", 1.0) > 0 and texts.get("rule", "bloom") in ALIBI_RULES
-        return sound and shape == (numbers.get("heads"),) and numbers["heads"] >= 1
+        return sound and len(shape) == 1 and 1 <= shape[0] == numbers.get("heads", 0)
     return kind in ("rope_cos", "rope_sin") and _is_rope(texts, numbers, lists, shape)
 
 
