@@ -300,10 +300,10 @@ class Plain:
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.weights = {name: ort_value(materialize(weight, tensors, scales or {})) for name, weight in graph.weights.items()}
 
-    def logits(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits [B, S, V] of rows of equal length."""
+    def logits(self, token_ids: Sequence[Sequence[int]], first_row: int = 0) -> np.ndarray:
+        """Logits [B, S, V] of rows of equal length; their rotary table begins at ``first_row``."""
         ids = np.asarray(token_ids, dtype=np.int64)
-        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+        positions = np.broadcast_to(first_row + np.arange(ids.shape[1], dtype=np.int64), ids.shape)
         feeds = {"token_ids": ort_value(ids), "positions": ort_value(np.ascontiguousarray(positions))}
         wanted = {given.name for given in self.session.get_inputs()}
         feeds = {name: value for name, value in (self.weights | feeds).items() if name in wanted}

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from fake_session import FakeSession, limits
 from safetensors.numpy import load_file, save_file
 
-from zoo import LLM
+from zoo import LLM, calibration
 from zoo.checkpoints import Checkpoint
 from zoo.checkpoints.adopt import adopt
 from zoo.checkpoints.names import roles, shape_of
@@ -28,6 +29,7 @@ from zoo.errors import RequestError
 from zoo.graph_templates import expand
 from zoo.passes.frame import check_graph
 from zoo.weights.bind import materialize
+from zoo.weights.reader import Tensors
 
 LENGTHS = [40, 1, 7, 33, 2, 17, 39, 4, 4, 25, 1, 12]
 TEXTS = ["def main(): return the sum", "a", "Something of a longer text, 123", "x" * 12]
@@ -48,30 +50,22 @@ def normalized(vector: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", encoders.CASES)
 def test_plain_graph(root: Path, name: str) -> None:
-    """By a ModelSpec written by hand, and by the one that the family's YAML gives, which are the same model."""
+    """By a ModelSpec written by hand. The engines below come from the families' YAML."""
     folder = folder_of(root, name)
-    by_hand, added = encoders.spec(folder), compose_model(adopt(folder)).model
     ids = encoders.texts([40])[0]
     want = encoders.reference(name, ids)
     assert 0.5 < np.abs(want).max() < 100, "hidden states of a size that an error would show in"
-    checkpoint = Checkpoint.open(folder)
-    for model in (by_hand, added):
-        graph = expand(model, "float32")
-        check_graph(graph)
-        if model is added:
-            from zoo.checkpoints import fit_names
-
-            graph = expand(fit_names(model, checkpoint.tensors), "float32")
-        weights = {key: materialize(weight, checkpoint.tensors, {}) for key, weight in graph.weights.items()}
-        feeds = {"token_ids": np.array([ids, ids]), "positions": np.broadcast_to(np.arange(40), (2, 40)).copy()}
-        wanted = {variable.name: feeds[variable.name] for variable in graph.data_inputs}
-        found = run_reference(graph, wanted, weights)["hidden"]
-        assert found.shape == (2, *want.shape) and found.dtype == np.float32
-        np.testing.assert_allclose(found, np.stack([want, want]), rtol=0, atol=1e-4)
-    checkpoint.close()
+    graph = expand(encoders.spec(folder), "float32")
+    check_graph(graph)
+    with Tensors.open(folder) as tensors:
+        weights = {key: materialize(weight, tensors, {}) for key, weight in graph.weights.items()}
+    feeds = {"token_ids": np.array([ids, ids]), "positions": np.broadcast_to(np.arange(40), (2, 40)).copy()}
+    found = run_reference(graph, {one.name: feeds[one.name] for one in graph.data_inputs}, weights)["hidden"]
+    assert found.shape == (2, *want.shape) and found.dtype == np.float32
+    np.testing.assert_allclose(found, np.stack([want, want]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", encoders.CASES)
+@pytest.mark.parametrize("name", [name for name in encoders.CASES if name != "xlm-roberta"])
 def test_embeddings(root: Path, name: str) -> None:
     texts = encoders.texts(LENGTHS)
     with LLM(folder_of(root, name), registry=root / "registry", threads=1, max_tokens=64, max_sequences=5) as llm:
@@ -138,8 +132,6 @@ def test_fp8(root: Path, sentence: Path) -> None:
 
 
 def test_calibration_reads_texts_with_their_special_tokens(sentence: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo import calibration
-
     seen: list[list[int]] = []
     monkeypatch.setattr(calibration, "calibrate", lambda model, tensors, ids, *rest: seen.append(list(ids)) or {})
     checkpoint = Checkpoint.open(sentence)
@@ -151,7 +143,7 @@ def test_calibration_reads_texts_with_their_special_tokens(sentence: Path, monke
     assert [place for place, token in enumerate(ids) if token == 3] == [39, 79]
 
 
-def test_what_an_encoder_and_a_decoder_do_not_do(root: Path, sentence: Path, tmp_path: Path) -> None:
+def test_what_an_encoder_and_a_decoder_do_not_do(root: Path, sentence: Path) -> None:
     with LLM(sentence, registry=root / "registry", threads=1, max_tokens=16) as llm:
         with pytest.raises(RequestError, match=r"sentence-bert:\w+@none-cpu-onnxruntime-tp1 is an encoder: it generates nothing"):
             llm.generate(TEXTS)
@@ -160,11 +152,9 @@ def test_what_an_encoder_and_a_decoder_do_not_do(root: Path, sentence: Path, tmp
         with pytest.raises(RequestError, match=r"prompt 0 is empty"):
             llm.embed([""])
         assert (llm.limits.max_context, llm.limits.max_tokens) == (16, 16)
-    from families import make_checkpoint
-
-    with LLM(make_checkpoint(tmp_path, "gpt2"), registry=root / "registry", threads=1) as llm:
-        with pytest.raises(RequestError, match=r"gpt2.* is a decoder: it gives no embeddings; use LLM.generate"):
-            llm.embed([[1, 2]])
+    decoder = LLM.from_session(FakeSession(limits()))
+    with decoder as llm, pytest.raises(RequestError, match=r"this model is a decoder: it gives no embeddings; use LLM.generate"):
+        llm.embed([[1, 2]])
 
 
 def test_the_command_line(root: Path, sentence: Path, capsys: pytest.CaptureFixture[str]) -> None:
