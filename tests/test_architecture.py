@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": {"errors", "weights", "graph"},
     "passes": {"errors", "spec", "targets", "weights", "graph", "plugins"},
     "compilers": FOUNDATION | {"graph", "plugins", "ropetables"},
-    "calibration": FOUNDATION | {"graph", "graph_templates", "checkpoints", "passes", "compilers", "runtime"},
+    "calibration": FOUNDATION | {"ropetables", "graph", "graph_templates", "checkpoints", "passes", "compilers", "runtime"},
     "planning": FOUNDATION | {"graph", "graph_templates", "passes", "compilers", "build"},
     "build": FOUNDATION | {"graph", "graph_templates", "checkpoints", "passes", "plugins", "compilers", "calibration", "config"},
     "runtime": {"errors", "modelspec", "ropetables", "spec", "weights", "artifacts", "resources"},

@@ -33,6 +33,7 @@ from zoo.passes.fuse_linears import fuse_linears
 from zoo.passes.insert_experts import insert_experts
 from zoo.passes.linears import activation_names, linears
 from zoo.passes.lower_experts import lower_experts
+from zoo.ropetables import tables
 from zoo.spec import ModelSpec
 from zoo.weights.bind import packed_layout, write_packed
 from zoo.weights.reader import Tensors
@@ -109,6 +110,7 @@ def calibrate(
             f"{model.vocab_size - 1}; is the tokenizer the model's own?"
         )
     length = _length(model)
+    first = tables(model.rope, model.max_positions, length)[-1].first_row  # of the rotary table for such lengths
     graph = observed(expand(fit_names(model, tensors), "float32", length), cache)
     names = [variable.name for variable in graph.graph.outputs]
     peaks = np.zeros(len(names), dtype=np.float32)  # of PROBE, the largest sum
@@ -118,7 +120,7 @@ def calibrate(
             if progress:
                 progress("calibrate", start, len(ids))
             chunk = ids[None, start : start + length]
-            feeds = {"token_ids": chunk, "positions": np.arange(chunk.shape[1], dtype=np.int64)[None]}
+            feeds = {"token_ids": chunk, "positions": first + np.arange(chunk.shape[1], dtype=np.int64)[None]}
             wanted = {given.name for given in session.get_inputs()}
             peaks = np.maximum(peaks, session.run(names, {name: feeds[name] for name in wanted}))
         del session

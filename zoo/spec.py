@@ -166,6 +166,8 @@ class Limits:
     max_context     tokens of one sequence, prompt and continuation together
     max_blocks      blocks of a KV pool, block 0 (reserved) included
     block_size      tokens in a block
+
+    An encoder has no cache and no logits: its ``max_rows`` and ``max_blocks`` are 0, and a text is one step.
     """
 
     max_tokens: int = 512
@@ -190,14 +192,19 @@ class Limits:
         """Fill every 0 in: the context from the model, rows from sequences, blocks for a full house of contexts.
 
         Without an explicit number the pool holds ``max_sequences`` contexts, but at most 65,536 tokens or one context,
-        whichever is more. Raises ConfigError when the context does not fit the model or the pool.
+        whichever is more. Of an encoder, the context is at most a step. Raises ConfigError when the context does not fit the
+        model, the pool or the step.
         """
-        context = self.max_context or model.max_positions
+        encoder = model.template == "encoder"
+        context = self.max_context or (min(model.max_positions, self.max_tokens) if encoder else model.max_positions)
         if context > model.max_positions:
             raise ConfigError(
                 f"limits.max_context is {context}, but model {model.name!r} has positions for {model.max_positions}; "
                 "lower it or leave it out"
             )
+        if encoder:
+            self._check_encoder(model.name, context)
+            return dataclasses.replace(self, max_context=context)
         per_sequence = -(-context // self.block_size)
         wanted = min(self.max_sequences * context, max(65536, context))
         blocks = self.max_blocks or 1 + max(per_sequence, -(-wanted // self.block_size))
@@ -207,6 +214,19 @@ class Limits:
                 f"{self.block_size} and the reserved block; raise max_blocks to {1 + per_sequence} or lower max_context"
             )
         return dataclasses.replace(self, max_rows=self.max_rows or self.max_sequences, max_context=context, max_blocks=blocks)
+
+    def _check_encoder(self, name: str, context: int) -> None:
+        for key in ("max_rows", "max_blocks"):
+            if getattr(self, key):
+                raise ConfigError(
+                    f"limits.{key} is {getattr(self, key)}, but model {name!r} is an encoder, which has no KV cache and no rows "
+                    "of logits; leave it out"
+                )
+        if context > self.max_tokens:
+            raise ConfigError(
+                f"limits.max_context is {context} and limits.max_tokens {self.max_tokens}: a text of an encoder is one step; "
+                f"raise max_tokens to {context} or lower max_context"
+            )
 
     @property
     def blocks_per_sequence(self) -> int:

@@ -138,7 +138,15 @@ def test_windows_of_mistral() -> None:
 
 
 UNDERSTOOD_NOT = [
-    (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary kind 'yarn' is not supported; supported are"),
+    (LLAMA | {"rope_scaling": {"rope_type": "fast", "factor": 4.0}}, "rotary kind 'fast' is not supported; supported are"),
+    (LLAMA | {"rope_scaling": {"rope_type": ["yarn"], "factor": 4.0}}, "rope_parameters.rope_type: rotary kind ['yarn'] is not"),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "speed": 2}}, "speed of kind yarn is not understood"),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "rotary truncate is 1; it must be true"),
+    (LLAMA | {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "rotary short_factor is None; it must be a list"),
+    (LLAMA | {"rope_scaling": {"type": "su", "long_factor": ["2"], "short_factor": [1.0]}}, "rotary long_factor is ['2']"),
+    (LLAMA | {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}}}, "rotates all layers alike"),
+    (LLAMA | {"rope_theta": -1}, "rotary theta is -1; it must be a number over 0"),
+    (LLAMA | {"hidden_size": 4099}, "head_dim: hidden_size / num_attention_heads is 4099 / 4, which is no whole number"),
     (LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rotary factor is None; it must be a number over 0"),
     (LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": True}}, "rotary factor is True"),
     (LLAMA | {"rope_parameters": [1]}, "expected an object"),
@@ -175,6 +183,7 @@ def test_all_settings_that_are_not_understood_are_listed_at_once() -> None:
     with pytest.raises(CheckpointError) as error:
         meaning(LLAMA | {"hidden_size": "64", "rms_norm_eps": None, "hidden_act": "x", "rope_scaling": {"type": "dynamic"}})
     assert len(str(error.value).splitlines()) == 6  # head_dim falls with hidden_size
+    assert "rotary factor is None" in str(error.value)
 
 
 def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
@@ -192,8 +201,16 @@ def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
     assert "architecture NovelForCausalLM is not supported; supported are " in text and all(name in text for name in MINIMAL)
     assert "The nearest family is qwen3: config.json has 12 of the 12 keys that it reads" in text
     assert "14 of 15 tensor names of the first layer are its own (not model.layers.0.mlp.router.weight)" in text
-    with pytest.raises(CheckpointError, match="architecture model_type 'bert' is not supported"):
-        recognise({"model_type": "bert"}, "config.json")
+    assert "it does not know" not in text
+    (strange / "config.json").write_text(json.dumps({"num_experts": 4, "use_cache": True} | config | {"vocab_size": None}))
+    with pytest.raises(CheckpointError, match=r"The nearest family is qwen3: .*; it does not know num_experts; 14 of 15"):
+        adopt(strange)
+    del config["rms_norm_eps"]
+    (strange / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has 11 of the 12 keys that it reads \(not rms_norm_eps\)"):
+        adopt(strange)
+    with pytest.raises(CheckpointError, match="architecture model_type 'novel' is not supported"):
+        recognise({"model_type": "novel"}, "config.json")
     with pytest.raises(CheckpointError, match="LlamaForSequenceClassification is not supported"):
         recognise({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "config.json")
     assert recognise({"model_type": "mistral"}, "config.json") == ("llama", "MistralForCausalLM")

@@ -215,7 +215,7 @@ def test_names_that_hydra_would_read_as_something_else(mine: Path, name: str) ->
 
 def test_a_missing_name_that_hydra_would_read_as_something_else() -> None:
     for name in NUMBERS:
-        refuse([f"models={name}"], f"models {name!r} (conf/models): pick one of gpt2, ")
+        refuse([f"models={name}"], f"models {name!r} (conf/models): pick one of {', '.join(list_models())}")
 
 
 # Bad input: keys
@@ -234,7 +234,8 @@ def test_unknown_overrides_are_answered_with_near_names() -> None:
 
 
 def test_unknown_options_are_answered_with_the_options() -> None:
-    refuse(["models=zoo-deno"], "models 'zoo-deno' (conf/models): pick one of gpt2, llama-3.1-70b", "did you mean 'zoo-demo'")
+    models = ", ".join(list_models())
+    refuse(["models=zoo-deno"], f"models 'zoo-deno' (conf/models): pick one of {models}", "did you mean 'zoo-demo'")
     refuse(["quant=fp9"], "quant 'fp9' (conf/quant): pick one of fp8, fp8-kv, none")
     refuse(["hardware=[cpu]"], "pick one of a100-80g, cpu")
     refuse(["models=../hardware/cpu"], "pick one of")
@@ -325,9 +326,21 @@ def test_unknown_keys_of_a_file_are_named_with_it(mine: Path) -> None:
         ("norm_eps: 0", "norm_eps is 0.0; it must be more than 0"),
         ("rope: {theta: -1}", "model.rope needs theta > 0"),
         ("rope: {kind: llama3}", "needs original_max_positions"),
-        ("rope: {kind: yarn}", "rope.kind is 'yarn'; pick one of default, linear, llama3"),
-        ("window: -1", "model.window must be at least 0"),
-        ("window_layers: [99]", "window_layers between 0 and 7"),
+        ("rope: {kind: fast}", "rope.kind is 'fast'; pick one of default, linear, dynamic, yarn, llama3, longrope"),
+        ("rope: {kind: yarn, factor: 4.0}", "model.rope of kind yarn needs original_max_positions, the context"),
+        ("rope: {kind: yarn, factor: 0.5, original_max_positions: 64}", "kind yarn needs factor, how much longer"),
+        ("rope: {kind: yarn, original_max_positions: 64, beta_slow: 40}", "needs theta over 1 and beta_fast over beta_slow"),
+        ("rope: {kind: dynamic, factor: 4.0}", "model.rope of kind dynamic needs original_max_positions"),
+        ("rope: {kind: dynamic, fraction: 0.03125, original_max_positions: 9}", "kind dynamic needs four rotated numbers"),
+        ("rope: {kind: longrope, original_max_positions: 64}", "model.rope.short_factor has 0 numbers; kind longrope needs 32"),
+        ("rope: {kind: longrope, short_factor: [a]}", "model.rope.short_factor[0] is 'a' (a text); it must be a number"),
+        ("rope: {fraction: 1.5}", "0 < fraction <= 1"),
+        ("window: 4\nlocal_rope: {theta: 9.0, kind: llama3}", "model.local_rope of kind llama3 needs original_max_positions"),
+        ("window: 4\nlocal_rope: {theta: 9.0}\nrope: {kind: dynamic, original_max_positions: 9}", "does not go with local_rope"),
+        ("rope_layers: [8]", "model.rope_layers has 8; layers are 0 to 7"),
+        ("moe: {experts: 4, top_k: 2, dense_layers: [-1]}", "model.moe.dense_layers has -1; layers are 0 to 7"),
+        ("window: -1", "model.window is -1; it must be at least 0"),
+        ("window: 4\nwindow_layers: [99]", "model.window_layers has 99; layers are 0 to 7"),
         ("window_layers: [1]", "model.window is 0"),
         ("name: Mine Own", "model.name is 'Mine Own'; names are lower case"),
         ("num_layers: 1000000000", "num_layers is 1000000000; it must be at most 1024"),
@@ -502,10 +515,11 @@ def test_broken_files_are_named(mine: Path) -> None:
     path.write_text("# @package model\ndefaults:\n  - families/lama@_here_\n  - _self_\nname: mine\n")
     refuse(
         ["models=mine"],
-        "conf/models/mine.yaml: defaults: there is no models/families/lama; pick one of gpt2, llama, qwen3; did you mean",
+        "conf/models/mine.yaml: defaults: there is no models/families/lama; pick one of ",
+        f"{', '.join(sorted(families()))}; did you mean 'llama'?",
     )
     path.write_text("# @package model\ndefaults:\n  - gtp2@_here_\n  - _self_\nname: mine\n")
-    refuse(["models=mine"], "models/gtp2", "pick one of gpt2, llama-3.1-70b", "did you mean 'gpt2'?")
+    refuse(["models=mine"], "models/gtp2", f"pick one of {', '.join(list_models())}", "did you mean 'gpt2'?")
     path.write_text("# @package model\nname: mine\n")
     refuse(["models=mine"], str(path), "family is missing")
 

@@ -43,6 +43,7 @@ class Judge:
 
     def __init__(self, session: CudaSession) -> None:
         self.session, self.limits, self.vocab_size = session, session.limits, session.vocab_size
+        self.rope_tables = session.rope_tables
         self.step_at_hand: Step[Request] | None = None
         self.choosers: dict[str, Chooser] = {}
         self.problems: list[str] = []
@@ -86,6 +87,8 @@ class Judge:
         scores = chooser._adjust(logits, counter)
         nearly = dataclasses.replace(params, top_p=min(1.0, params.top_p + 1e-4))
         fitting = [int(scores.argmax())] if not params.temperature else candidates(scores, nearly)[0].tolist()
+        if params.temperature:  # the device keeps all tokens that are as likely as the last one
+            fitting = np.flatnonzero(scores >= scores[fitting].min()).tolist()
         self.judged += 1
         if token not in fitting:
             self.problems.append(f"{request.request_id}: token {counter} is {token}, by the sampler {fitting[:4]}")

@@ -29,8 +29,8 @@ CASES = (
 # of tests/zoo_cases: one of each thing that the cases above do not have
 ZOO = (
     "bloom-odd", "mpt-plain", "gptoss-yarn", "mixtral-plain", "qwen2moe-plain", "granitemoe-multipliers", "gemma2-windows",
-    "gemma3-pattern", "cohere-plain", "glm-plain", "phi3-short", "olmo2-plain", "smollm3-interval", "gpt_neox-parallel", "opt-plain",
-    "gptj-plain", "nemotron-plain", "stablelm-parallel",
+    "gemma3-pattern", "cohere-plain", "glm-plain", "phi3-short", "olmo2-plain", "smollm3-interval", "gpt_neox-parallel",
+    "opt-plain", "gptj-plain", "nemotron-plain", "stablelm-parallel",
 )  # fmt: skip
 LIMITS = ("limits.max_tokens=256", "limits.max_sequences=16", "limits.max_rows=256", "limits.max_context=128")
 QUANTS = {"zoo-demo": ("none", "fp8", "fp8-kv"), "llama-grouped": ("none", "fp8-kv"), "qwen3-norms": ("none", "fp8-kv")}
@@ -49,7 +49,7 @@ def main() -> int:
                 limits = ("limits.max_tokens=512", "limits.max_sequences=64", "limits.max_rows=512")
                 spec = compose([f"models={name}", *options, *limits])
             else:
-                made = folder / "checkpoints" / name
+                made = folder / "checkpoints" / name.replace("_", "-")
                 if name in ZOO and not made.exists():
                     zoo_cases.make_folder(made, zoo_cases.all_cases()[name])
                 elif not made.exists():

@@ -43,7 +43,8 @@ class Feeder:
 
     def batch(self, picked: list[tuple[int, int]], prompts: list[list[int]], done: list[int], blocks: list[list[int]]) -> Batch:
         ids = [token for number, count in picked for token in prompts[number][done[number] : done[number] + count]]
-        positions = np.concatenate([np.arange(done[number], done[number] + count) for number, count in picked])
+        first = [next((row for length, row in self.session.rope_tables if length >= len(ids)), 0) for ids in prompts]
+        positions = np.concatenate([first[number] + np.arange(done[number], done[number] + count) for number, count in picked])
         width = max(len(blocks[number]) for number, _ in picked)
         table = np.zeros((len(picked), width), np.int32)
         for row, (number, _) in enumerate(picked):

@@ -136,4 +136,6 @@ def test_every_builder_takes_one_token() -> None:
         "decode_keys": (1, 1, 3),
         "decode_values": (1, 1, 3),
         "decode_bias": (1, 1),
+        "text_tiles": (1, 4),
+        "window_tiles": (1, 4),
     }

@@ -37,12 +37,16 @@ class CacheAbi:
 
 @dataclass(frozen=True)
 class Abi:
-    """How an engine is called: its inputs in order (weights, caches and index inputs apart), caches, outputs."""
+    """How an engine is called: its inputs in order (weights, caches and index inputs apart), caches, outputs.
+
+    ``rope_tables``: (length, first row) of each rotary table, shortest first, where a sequence's length decides which it reads.
+    """
 
     inputs: tuple[TensorAbi, ...]
     outputs: tuple[TensorAbi, ...]
     caches: tuple[CacheAbi, ...]
     index_inputs: tuple[TensorAbi, ...] = ()
+    rope_tables: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class EngineManifest:
     weights                   {"table": file of recipes or "", "files": [{"name", "digest", "size"}], "bound": bool}
     passes                    [{"name", "counts", "misses": [{"where", "reason"}]}]
     plugins                   zoo op -> version
+    pooling                   of an encoder, how a text's embedding comes from its tokens' hidden states: "mean", "first" or
+                              "none"; "" of a decoder. An encoder has no caches, and no limits of blocks and rows
     scratch                   peak scratch bytes the compiler reports; 0: unknown
     files                     name in the artifact -> {"digest", "size"}; filled in when the engine is stored
     created                   RFC 3339 time, UTC
@@ -79,6 +85,7 @@ class EngineManifest:
     weights: dict[str, Any] = field(default_factory=dict)
     passes: list[dict[str, Any]] = field(default_factory=list)
     plugins: dict[str, str] = field(default_factory=dict)
+    pooling: str = ""
     scratch: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     created: str = ""
@@ -87,6 +94,8 @@ class EngineManifest:
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = dataclasses.asdict(self)
+        if not self.abi.rope_tables:  # as in most engines
+            del data["abi"]["rope_tables"]
         return data
 
     @classmethod
@@ -120,16 +129,18 @@ FIELDS: dict[str, Any] = {
     "spec": {"model": dict, "quant": dict, "hardware": dict, "parallel": {"tp": int, "pp": int}, "limits": dict, "dtype": str},
     "needs": {"kind": str, "sm": int, "memory": int, "packages": {"*": str}},
     "limits": {"*": int},
-    "abi": {"inputs": list, "outputs": list, "caches": list, "index_inputs": list},
+    "abi": {"inputs": list, "outputs": list, "caches": list, "index_inputs": list, "rope_tables": [[int]]},
     "weights": {"table": str, "bound": bool, "files": [{"name": str, "digest": str, "size": int}]},
     "passes": [{"name": str, "counts": {"*": int}, "misses": [dict]}],
     "plugins": {"*": str},
+    "pooling": str,
     "scratch": int,
     "files": {"*": {"digest": str, "size": int}},
     "created": str,
     "seconds": (int, float),
     "schema": int,
 }
+POOLINGS = ("none", "first", "mean")
 LONGEST = 1 << 16  # entries of one list or table
 
 
@@ -163,6 +174,11 @@ def _check_values(data: dict[str, Any]) -> None:
     kind = data["needs"].get("kind")
     if kind not in ("cpu", "gpu"):
         raise ArtifactError(f"engine.json: needs.kind is {_said(kind)}; expected cpu or gpu")
+    if (pooling := data.get("pooling", "")) not in ("", *POOLINGS):
+        raise ArtifactError(f"engine.json: pooling is {_said(pooling)}; expected one of {', '.join(POOLINGS)}, or nothing")
+    tables = data["abi"].get("rope_tables") or [[1 << 63]]
+    if tables[-1][:1] < [data["limits"].get("max_context", 0)]:
+        raise ArtifactError("engine.json: the last of abi.rope_tables is shorter than limits.max_context")
     described: list[tuple[str, Any, tuple[str, ...]]]
     described = [(f"files.{name}", one, ("digest", "size")) for name, one in data.get("files", {}).items()]
     described += [("weights.files", one, ("name",)) for one in data.get("weights", {}).get("files", ())]
@@ -195,7 +211,23 @@ def _abi(data: dict[str, Any]) -> Abi:
         tuple(_tensor(one, f"abi.{name}[{place}]") for place, one in enumerate(data.get(name, ())))
         for name in ("inputs", "outputs", "index_inputs")
     )
-    return Abi(inputs, outputs, tuple(_cache(one, f"abi.caches[{place}]") for place, one in enumerate(data["caches"])), index)
+    caches = tuple(_cache(one, f"abi.caches[{place}]") for place, one in enumerate(data["caches"]))
+    return Abi(inputs, outputs, caches, index, _rope_tables(data.get("rope_tables", [])))
+
+
+def _rope_tables(data: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    """Tables that lie one after the other, each for longer sequences than the one before."""
+    found, end, longest = [], 0, 0
+    for place, table in enumerate(data):
+        if len(table) != 2 or not longest < table[0] < 1 << 31 or table[1] != end:
+            raise ArtifactError(
+                f"engine.json: abi.rope_tables[{place}] is {str(table)[:80]}; expected a length over {longest} and the row {end}"
+            )
+        longest, end = table[0], table[1] + table[0]
+        found.append((table[0], table[1]))
+    if end >= 1 << 31:  # positions are int32
+        raise ArtifactError(f"engine.json: abi.rope_tables have {end} rows, more than positions can name")
+    return tuple(found)
 
 
 @dataclass

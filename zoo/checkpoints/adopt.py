@@ -12,9 +12,11 @@ from typing import Any
 from zoo.checkpoints.families import check_config, read, recognise
 from zoo.checkpoints.folder import Checkpoint
 from zoo.checkpoints.names import check_tensors, has_own_head
+from zoo.checkpoints.pooling import stored_pooling
 from zoo.errors import ConfigError
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+PLAIN = re.compile(r"(?!(no|on|off|yes|true|false|null)$)[a-z_]{2,}[a-z0-9_.]*")  # a key that YAML reads as the text it is
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -28,7 +30,7 @@ def adopt(folder: Path, name: str | None = None) -> str:
 
 def model_yaml(folder: Path, name: str | None = None, relative_to: Path | None = None) -> str:
     """As ``adopt``; the checkpoint's path is written relative to a folder when it lies inside it."""
-    from zoo.config import compose_model
+    from zoo.config import compose_model, families
     from zoo.config.files import expand
 
     folder = expand(folder).absolute()
@@ -43,6 +45,8 @@ def model_yaml(folder: Path, name: str | None = None, relative_to: Path | None =
         family, architecture = recognise(checkpoint.config, where, checkpoint.tensors)
         values = read(checkpoint.config, family, architecture, where)
         head = {"name": check_name(name) if name else name_for(folder), "checkpoint": str(folder), **_about(folder)}
+        if families()[family].get("template") == "encoder" and (pooling := stored_pooling(folder)):
+            values["pooling"] = pooling
         values["dtype"] = _dtype(checkpoint)
         text = _render(family, architecture, head, values)
         model = compose_model(text).model
@@ -138,6 +142,13 @@ def _render(family: str, architecture: str, head: dict[str, str], values: dict[s
     lines = ["# @package model", f"# Written by `zoo add` from a {architecture} checkpoint.", "defaults:"]
     lines += [f"  - families/{family}@_here_", "  - _self_", ""]
     lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-    for key, value in values.items():
-        lines.append(f"{key}: {json.dumps(value)}")
+    lines += [f"{key}: {_flow(value)}" for key, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line: a mapping with plain keys where they can be, everything else as JSON."""
+    if isinstance(value, dict):
+        inside = (f"{key if PLAIN.fullmatch(key) else json.dumps(key)}: {_flow(one)}" for key, one in value.items())
+        return "{" + ", ".join(inside) + "}"
+    return json.dumps(value, ensure_ascii=False)

@@ -16,7 +16,7 @@ from zoo.modelspec import ModelSpec
 QKV, OUT, MLP = ("q", "k", "v"), ("o",), ("gate", "up", "down")
 LATENT = ("q_a", "q_b", "kv_a", "kv_b")
 SHARED = ("shared.gate", "shared.up", "shared.down", "shared_gate")
-LINEARS = (*QKV, *OUT, *MLP, *LATENT, *SHARED, "router", "qkv", "gate_up")
+LINEARS = (*QKV, *OUT, *MLP, *LATENT, *SHARED, "router", "qkv", "gate_up", "shared.gate_up")
 EXPERTS = ("experts.gate", "experts.up", "experts.down")
 
 
@@ -60,6 +60,7 @@ def _linears(model: ModelSpec) -> dict[str, tuple[int, ...]]:
         "router": (hidden, moe.experts),
         "shared.gate": (hidden, moe.shared),
         "shared.up": (hidden, moe.shared),
+        "shared.gate_up": (hidden, 2 * moe.shared),
         "shared.down": (moe.shared, hidden),
         "shared_gate": (hidden, 1),
     }

@@ -12,10 +12,8 @@ Nothing here opens a checkpoint.
 
 from zoo.config.files import conf_dir, families, hardware_specs, list_models, user_dir
 from zoo.config.resolve import compose, compose_model, compose_sweep
-from zoo.config.schema import MODEL_TYPES
 
 __all__ = [
-    "MODEL_TYPES",
     "compose",
     "compose_model",
     "compose_sweep",

@@ -78,6 +78,11 @@ def _compose(overrides: list[str], folders: list[Path], conf: Path | None) -> Bu
             f"quant {quant.name!r} keeps keys and values as {quant.kv_cache}, which compiler {compiler!r} cannot; choose a quant "
             f"with kv_cache none, such as quant=fp8, or hardware that one of these builds for: {', '.join(able)}"
         )
+    if quant.kv_cache != "none" and model.template == "encoder":
+        raise ConfigError(
+            f"quant {quant.name!r} keeps keys and values as {quant.kv_cache}, but model {model.name!r} is an encoder and has no "
+            "cache; choose a quant with kv_cache none, such as quant=fp8"
+        )
     cache = "float8e4m3" if quant.kv_cache == "fp8" else dtype
     if not 0 <= data["threads"] <= 1024:
         raise ConfigError(
@@ -104,13 +109,17 @@ def _limits(composed: Composed, limits: Limits, hardware: HardwareSpec, compiler
     """
     if not TARGETS[compiler].kernels:
         return limits
-    unsaid = Limits()
+    unsaid, encoder = Limits(), composed.data["model"]["template"] == "encoder"
     for key, value in hardware.limits.items():
+        if encoder and key in ("max_rows", "max_blocks"):
+            continue
         if getattr(limits, key) == getattr(unsaid, key) and not composed.origin(f"limits.{key}").startswith("override"):
             limits = dataclasses.replace(limits, **{key: value})
-    if not limits.max_blocks:
+    if not limits.max_blocks and not encoder:
         model = composed.data["model"]
-        token = model["num_layers"] * 2 * model["num_kv_heads"] * model["head_dim"] * (1 if cache == "float8e4m3" else 2)
+        latent = model["latent"]
+        row = latent["kv_rank"] + latent["rope_dim"] if latent["kv_rank"] else model["num_kv_heads"] * model["head_dim"]
+        token = model["num_layers"] * 2 * row * (1 if cache == "float8e4m3" else 2)
         blocks = min(hardware.memory // (token * limits.block_size), (1 << 31) - 1)
         context = limits.max_context or model["max_positions"]
         if (blocks - 1) * limits.block_size < context:
@@ -140,15 +149,15 @@ def _model(composed: Composed) -> ModelSpec:
         raise ConfigError(
             f"{where}: model.name is {model.name!r}; names are lower case letters and digits, with dots and dashes inside"
         )
-    rope = model.rope
-    if model.position == "rope" and (rope.theta <= 0 or rope.factor <= 0 or not 0 < rope.fraction <= 1):
-        raise ConfigError(f"{where}: model.rope needs theta > 0, factor > 0 and 0 < fraction <= 1; found {rope}")
-    if rope.kind == "llama3" and (rope.original_max_positions < 1 or rope.high_freq_factor <= rope.low_freq_factor):
-        raise ConfigError(
-            f"{where}: model.rope of kind llama3 needs original_max_positions, and high_freq_factor over low_freq_factor"
-        )
-    if model.window < 0 or any(not 0 <= layer < model.num_layers for layer in model.window_layers):
-        raise ConfigError(f"{where}: model.window must be at least 0, and window_layers between 0 and {model.num_layers - 1}")
+    if model.position == "rope":
+        _check_rope(model, where)
+    for key in ("window_layers", "rope_layers"):
+        if wrong := [layer for layer in getattr(model, key) if not 0 <= layer < model.num_layers]:
+            raise ConfigError(f"{where}: model.{key} has {wrong[0]}; layers are 0 to {model.num_layers - 1}")
+    if wrong := [layer for layer in model.moe.dense_layers if not 0 <= layer < model.num_layers]:
+        raise ConfigError(f"{where}: model.moe.dense_layers has {wrong[0]}; layers are 0 to {model.num_layers - 1}")
+    if model.window < 0:
+        raise ConfigError(f"{where}: model.window is {model.window}; it must be at least 0 (0: full attention)")
     if model.window_layers and not model.window:
         raise ConfigError(f"{where}: model.window_layers is set but model.window is 0; set both or neither")
     for number, pattern in enumerate(model.tensors.ignored):
@@ -161,6 +170,40 @@ def _model(composed: Composed) -> ModelSpec:
     if not model.norm_eps > 0:
         raise ConfigError(f"{where}: model.norm_eps is {model.norm_eps}; it must be more than 0")
     return model
+
+
+def _check_rope(model: ModelSpec, where: str) -> None:
+    """What each kind of rotary embedding needs; see RopeSpec."""
+    parts = {"rope": model.rope} | ({"local_rope": model.local_rope} if model.local_rope.theta else {})
+    for part, rope in parts.items():
+        key = f"{where}: model.{part}"
+        if rope.theta <= 0 or rope.factor <= 0 or not 0 < rope.fraction <= 1:
+            raise ConfigError(f"{key} needs theta > 0, factor > 0 and 0 < fraction <= 1; found {rope}")
+        if rope.kind == "llama3" and (rope.original_max_positions < 1 or rope.high_freq_factor <= rope.low_freq_factor):
+            raise ConfigError(f"{key} of kind llama3 needs original_max_positions, and high_freq_factor over low_freq_factor")
+        if rope.kind in ("yarn", "dynamic", "longrope") and rope.original_max_positions < 2:
+            raise ConfigError(
+                f"{key} of kind {rope.kind} needs original_max_positions, the context that the model was first trained for; "
+                f"found {rope.original_max_positions}"
+            )
+        if rope.kind in ("yarn", "dynamic") and rope.factor < 1:
+            raise ConfigError(f"{key} of kind {rope.kind} needs factor, how much longer the context becomes; found {rope.factor}")
+        if rope.kind == "yarn" and (rope.theta <= 1 or not rope.beta_fast >= rope.beta_slow > 0):
+            raise ConfigError(f"{key} of kind yarn needs theta over 1 and beta_fast over beta_slow over 0; found {rope}")
+        if rope.kind == "dynamic" and model.rotary_dim < 4:
+            raise ConfigError(f"{key} of kind dynamic needs four rotated numbers a head at least; here {model.rotary_dim}")
+        for name in ("short_factor", "long_factor") if rope.kind == "longrope" else ():
+            factors = getattr(rope, name)
+            if len(factors) != model.rotary_dim // 2 or min(factors) <= 0:
+                raise ConfigError(
+                    f"{key}.{name} has {len(factors)} numbers; kind longrope needs {model.rotary_dim // 2}, one over 0 for each "
+                    f"pair of the {model.rotary_dim} rotated numbers of a head"
+                )
+    if model.rope.by_length and model.local_rope.theta:
+        raise ConfigError(
+            f"{where}: model.rope of kind {model.rope.kind} does not go with local_rope: all layers read the same row of their "
+            "tables, and only one of the two would have a table for each length"
+        )
 
 
 def _checkpoint(composed: Composed, named: str) -> Path:

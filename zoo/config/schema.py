@@ -21,7 +21,6 @@ from zoo.spec import HardwareSpec, Limits, ModelSpec, ParallelSpec, QuantSpec
 MISSING = "???"
 LARGEST = 10**18  # of any number: FLOP/s and bytes fit, typing errors with too many digits do not
 GROUPS = {"models": "model", "quant": "quant", "hardware": "hardware", "parallel": "parallel", "registry": "registry"}
-MODEL_TYPES: dict[str, Any] = typing.get_type_hints(ModelSpec)  # key -> type
 REFERENCE = re.compile(r"\$\{[\w.\-\[\]]+\}")
 
 
@@ -31,10 +30,14 @@ class ArchitectureNode:
 
     model_type: str = MISSING
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     must: dict[str, Any] = dataclasses.field(default_factory=dict)
     window: str = "none"
+    rope_layers: str = "all"
+    dense_layers: str = "none"
+    variants: list[Any] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

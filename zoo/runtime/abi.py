@@ -40,7 +40,8 @@ class Batch:
     """One step's input. All arrays are int32 and C-contiguous.
 
     token_ids [T]       an id >= 0; -(r + 1) names "the token sampled in row r of the previous step" (sessions that sample)
-    positions [T]       position of each token in its sequence
+    positions [T]       row of the position tables for each token: its position in its sequence, plus, where an engine has
+                        several rotary tables, the row where the sequence's begins (``RopeTables``)
     query_starts [B+1]  where each sequence's tokens begin; query_starts[B] == T
     kv_lengths [B]      tokens of each sequence in the cache after this step
     block_tables        group -> [B, P]; unused entries are 0, the reserved block
@@ -63,7 +64,7 @@ class Batch:
 #   min_p         0: none
 #   seed          low and high half of 64 bits
 #   counter       which new token of its request this is, from 0: (seed, counter) decide the draw, batch mates do not
-#   flags         HOST
+#   flags         HOST; and, shifted by SLOT_SHIFT, the slot of a request whose logits are adjusted (``Adjusting``), 0 for others
 SAMPLING = np.dtype(
     [
         ("temperature", np.float32),
@@ -76,6 +77,27 @@ SAMPLING = np.dtype(
     ]
 )
 HOST = 1  # the row's token is chosen on the host from its logits; what the device gives for it means nothing
+SLOT_SHIFT = 1
+
+
+@dataclass
+class Adjusting:
+    """What a step does for requests whose logits are adjusted on the device: penalties, logit_bias, min_tokens.
+
+    Such a request has a slot, from 1, as long as it runs. There the session keeps its words (``zoo.runtime.adjusting``) and, if
+    it has penalties, counts the tokens that steps compute for it. By then names are resolved: a count needs nothing that the
+    host may not know yet.
+
+    started      slots that begin with this step, at their sequences' first tokens, each with its words
+    counted [B]  the slot in which each sequence's tokens are counted, 0: none; None if no sequence's are
+    listed       some row has words that change single logits
+    penalized    some row has penalties
+    """
+
+    started: list[tuple[int, Int32]]
+    counted: Int32 | None
+    listed: bool
+    penalized: bool
 
 
 @dataclass
@@ -85,11 +107,13 @@ class Sampling:
     rows [R]        ``SAMPLING`` records, in the order of ``Batch.logit_rows``
     host_rows [H]   rows, rising, whose logits are wanted instead of a token; those with the flag HOST
     greedy          no row draws: every row that the device chooses has temperature 0
+    adjusting       None if no request of the step has a slot
     """
 
     rows: npt.NDArray[np.void]
     host_rows: Int32
     greedy: bool
+    adjusting: Adjusting | None = None
 
 
 @dataclass
@@ -142,6 +166,13 @@ class SamplingSession(Session, Protocol):
 
     samples: bool
 
+    def reserve(self, slots: int) -> bool:
+        """Whether requests may have the slots 1 to ``slots`` (``Adjusting``), which are at most as many as sequences fit a step.
+
+        What was granted once stays. Where it is refused, the host chooses the tokens of such a request.
+        """
+        ...
+
     def submit(self, batch: Batch, sampling: Sampling | None = None) -> Ticket:
         """Start a step and return at once; what is handed over may be changed as soon as this returns.
 
@@ -150,6 +181,17 @@ class SamplingSession(Session, Protocol):
         before it submits again, and names no tokens then.
         """
         ...
+
+
+RopeTables = tuple[tuple[int, int], ...]  # (length, first row): the first that is as long as a sequence may become is its own
+
+
+def rope_tables(session: Session) -> RopeTables:
+    """The rotary tables among which a sequence's length decides; empty for a session without the attribute ``rope_tables``.
+
+    See ``rope_tables`` in docs/engine-format.md.
+    """
+    return cast(RopeTables, getattr(session, "rope_tables", ()))
 
 
 STEPS_AHEAD = 1  # steps that may be submitted before the result of the one before is read

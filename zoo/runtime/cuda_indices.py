@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from zoo.runtime.abi import Batch, EngineLimits
-from zoo.runtime.indices import GROUP, Indices
+from zoo.runtime.indices import GROUP, Indices, token_positions
 
 TILE = 128  # queries of a prefill tile, at most; kernels are compiled for it (``zoo.plugins.cached_attention``)
 WANTED = 1056  # programs of a decode step: two for each of the four that each of 132 multiprocessors can hold
@@ -24,10 +24,8 @@ def token_slots(batch: Batch, limits: EngineLimits) -> Indices:
 
     Tokens behind the last sequence, if a step is padded that way, are padding, too.
     """
-    counts = np.diff(batch.query_starts)
     slots = np.zeros(len(batch.positions), np.int32)
-    sequence = np.repeat(np.arange(len(counts)), counts)
-    positions = batch.positions[: len(sequence)]
+    sequence, positions = token_positions(batch)
     block = batch.block_tables[GROUP][sequence, positions // limits.block_size]
     slots[: len(sequence)] = block * limits.block_size + positions % limits.block_size
     return slots

@@ -1,7 +1,7 @@
-"""Index inputs: integers that one target's lowering of paged attention needs, derived from a batch in numpy once a step.
+"""Index inputs: integers that one target's lowering of attention needs, derived from a batch in numpy once a step.
 
-An engine's manifest lists the index inputs it declares; ``INDEX_BUILDERS`` has the function for each name. All follow the
-block table of the group ``full``.
+An engine's manifest lists the index inputs it declares; ``INDEX_BUILDERS`` has the function for each name. Those of paged
+attention follow the block table of the group ``full``; those of an encoder read ``query_starts`` alone.
 
 T tokens, B sequences, P blocks a sequence, L the longest query of the step, C blocks of all contexts, W work items, N the
 longest context of the step.
@@ -20,16 +20,28 @@ from zoo.runtime.abi import Batch, EngineLimits
 Indices = npt.NDArray[Any]
 GROUP = "full"
 TILE = 64  # queries of one work item: bounds an item's scores to heads x 64 x context
+TEXT_TILE = 256  # queries of one tile of a text: bounds scores to heads x 256 x context
+WINDOW_TILE = 64  # the same where layers have a window, whose keys are those within half of it of the tile
 TOGETHER = 4096  # most places of contexts, padded to the longest, that a decode step gathers at once
 
 
 def pool_slots(batch: Batch, limits: EngineLimits) -> Indices:
     """[T, 2, 3] int64: where each token's key and value go in a pool, as (block, 0 or 1, place in the block)."""
-    positions = batch.positions.astype(np.int64)
-    counts = np.diff(batch.query_starts)
-    sequence = np.repeat(np.arange(len(counts)), counts)
+    sequence, positions = token_positions(batch)
     block = batch.block_tables[GROUP][sequence, positions // limits.block_size]
     return _slots(block, positions % limits.block_size)
+
+
+def token_positions(batch: Batch) -> tuple[Indices, Indices]:
+    """The sequence of each token, and its position there: [T] int64 both.
+
+    ``batch.positions`` may begin elsewhere than at 0, where a model has several rotary tables. Tokens behind the last sequence
+    are padding and left out; a padding sequence has more tokens than context, all of which stand at position 0.
+    """
+    counts = np.diff(batch.query_starts).astype(np.int64)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    first = batch.kv_lengths - batch.query_starts[1:]
+    return sequence, np.maximum(np.arange(len(sequence)) + first[sequence], 0)
 
 
 def pool_writes(batch: Batch, limits: EngineLimits) -> Indices:
@@ -70,7 +82,7 @@ def context_blocks(batch: Batch, limits: EngineLimits) -> Indices:
 
 def row_positions(batch: Batch, limits: EngineLimits) -> Indices:
     """[T] int64: the position of each token."""
-    return batch.positions.astype(np.int64)
+    return token_positions(batch)[1]
 
 
 def work_items(batch: Batch, limits: EngineLimits) -> Indices:
@@ -165,6 +177,30 @@ def token_rows(batch: Batch, limits: EngineLimits) -> Indices:
     return (sequence * longest + nth).astype(np.int32)
 
 
+def text_tiles(batch: Batch, limits: EngineLimits) -> Indices:
+    """[W, 4] int64: tiles of at most ``TEXT_TILE`` tokens of one text, in order: rows of its first token and behind its last;
+    rows of its text's first token and behind its last."""
+    return _tiles(batch, TEXT_TILE)
+
+
+def window_tiles(batch: Batch, limits: EngineLimits) -> Indices:
+    """[V, 4] int64: as ``text_tiles``, of at most ``WINDOW_TILE`` tokens."""
+    return _tiles(batch, WINDOW_TILE)
+
+
+def _tiles(batch: Batch, most: int) -> Indices:
+    """Tiles of a text are equally long but for the last, so that none is a handful of tokens."""
+    starts = batch.query_starts.astype(np.int64)
+    counts = np.diff(starts)
+    tiles = -(-counts // most)
+    text = np.repeat(np.arange(len(counts)), tiles)
+    nth = np.arange(len(text)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    length = -(-counts // np.maximum(tiles, 1))[text]
+    begin = starts[text] + nth * length
+    stop = starts[text + 1]
+    return np.stack([begin, np.minimum(begin + length, stop), starts[text], stop], axis=1)
+
+
 def _slots(block: Indices, place: Indices) -> Indices:
     out = np.zeros((len(block), 2, 3), np.int64)
     out[:, :, 0] = block[:, None]
@@ -190,4 +226,6 @@ INDEX_BUILDERS: dict[str, Callable[[Batch, EngineLimits], Indices]] = {
     "decode_bias": decode_bias,
     "query_rows": query_rows,
     "token_rows": token_rows,
+    "text_tiles": text_tiles,
+    "window_tiles": window_tiles,
 }

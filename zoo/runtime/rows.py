@@ -8,13 +8,13 @@ A step of nothing but decode is what a step is most of the time, so what does no
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from zoo.runtime.abi import HOST, SAMPLING, Batch, Int32, Sampling
+from zoo.runtime.abi import HOST, SAMPLING, SLOT_SHIFT, Adjusting, Batch, Int32, Sampling
 from zoo.runtime.sequence import Sequence
 
 S = TypeVar("S", bound=Sequence)
@@ -36,6 +36,9 @@ class Group(Generic[S]):
         self.hosted = bool(self.host_until.any())
         self.records = state.sampling.take(rows)
         self.greedy = not self.records["temperature"].any()
+        self.first_row = state.first_rows(rows)
+        self.listed_until = state.listed_until.take(rows) if state.adjusts else None
+        self.counted = state.counted(rows)
         self.names = -1 - np.arange(len(rows), dtype=np.int32)
 
 
@@ -47,6 +50,8 @@ class Step(Generic[S]):
     places [R]   where their new tokens go
     last [R]     whether those are the last ones, by the sequences' limits; None if none is
     departures   of all rows until the step was planned
+    counted [B]  the slots in which its sequences' tokens are counted; None if nobody's are
+    started      slots that begin with it, and their words
     """
 
     batch: Batch
@@ -56,6 +61,8 @@ class Step(Generic[S]):
     places: Int32
     last: Bools | None
     departures: int
+    counted: Int32 | None = None
+    started: list[tuple[int, Int32]] = field(default_factory=list)
 
     @property
     def counters(self) -> Int32:
@@ -70,6 +77,8 @@ class Rows(Generic[S]):
     room [C]         tokens that the row's blocks hold
     sampling [C]     ``SAMPLING`` records, their counters and flags aside
     host_until [C]   while it knows fewer tokens than this, its tokens are chosen on the host
+    listed_until [C] and counting [C], the slot or 0, as in ``Adjustment``; a row whose logits are adjusted has a slot
+    first_row [C]    where the row's rotary table begins, as in ``Sequence``
     owners [C]       the sequences
     """
 
@@ -80,12 +89,25 @@ class Rows(Generic[S]):
         self.tables = np.zeros((capacity, -(-length // block_size)), np.int32)
         self.known, self.computed, self.room, self.limit, self.prompt, self.host_until = np.zeros((6, capacity), np.int32)
         self.sampling = np.zeros(capacity, SAMPLING)
+        self.first_row = np.zeros(capacity, np.int32)
+        self.slots, self.listed_until, self.counting = np.zeros((3, capacity), np.int32)
+        self._free_slots = list(range(1, capacity + 1))[::-1]
         self.owners = np.full(capacity, None, object)
         self._free = list(range(capacity))[::-1]
         self._departures = 0
         self._last_left = np.zeros(capacity, np.int64)  # which departure was the last one from each row
         self._decode: Group[S] | None = None  # the rows of the last step that was nothing but decode
         self._table: Int32 | None = None  # its block table, as long as nobody has got a block
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether some row has a slot."""
+        return len(self._free_slots) < len(self.slots)
+
+    def counted(self, rows: Indices) -> Int32 | None:
+        """The slots in which these rows' tokens are counted; None if nobody's are."""
+        counting = self.counting.take(rows) if self.adjusts else NOBODY
+        return counting if counting.any() else None
 
     @property
     def next_free(self) -> int:
@@ -98,8 +120,13 @@ class Rows(Generic[S]):
         self.known[row], self.computed[row] = len(tokens), sequence.computed
         self.tokens[row, : len(tokens)] = tokens
         self.limit[row], self.prompt[row], self.host_until[row] = sequence.limit, sequence.prompt_length, sequence.host_until
+        self.first_row[row] = sequence.first_row
         if sequence.sampling is not None:
             self.sampling[row] = sequence.sampling
+        if (adjustment := sequence.adjustment) is not None:
+            slot = self.slots[row] = self._free_slots.pop()
+            self.sampling["flags"][row] = slot << SLOT_SHIFT
+            self.listed_until[row], self.counting[row] = adjustment.listed_until, slot if adjustment.counts else 0
         self.owners[row] = sequence
         sequence.sit(self, row)
 
@@ -109,6 +136,9 @@ class Rows(Generic[S]):
         sequence.stand()
         self.tables[row] = 0
         self.room[row] = 0
+        if slot := int(self.slots[row]):
+            self._free_slots.append(slot)
+            self.slots[row] = self.listed_until[row] = self.counting[row] = 0
         self.owners[row] = None
         self._departures += 1
         self._last_left[row] = self._departures
@@ -124,6 +154,11 @@ class Rows(Generic[S]):
             self.tables[rows, held] = blocks
             self.room[rows] += self.block_size
         self._table = None
+
+    def first_rows(self, rows: Indices) -> Int32 | None:
+        """Where these rows' rotary tables begin; None if all begin at 0, as they do in most models."""
+        first = self.first_row.take(rows)
+        return first if np.count_nonzero(first) else None
 
     def full(self, rows: Indices) -> Indices:
         """Those of these rows whose blocks do not hold their known tokens."""
@@ -144,13 +179,13 @@ class Rows(Generic[S]):
         starts = np.arange(len(rows) + 1, dtype=np.int32)
         batch = Batch(
             token_ids=self.flat_tokens.take(group.starts + positions),
-            positions=positions,
+            positions=positions if group.first_row is None else positions + group.first_row,
             query_starts=starts,
             kv_lengths=places,
             block_tables={"full": self._table},
             logit_rows=starts[:-1],
         )
-        return self._sampled(batch, group.sequences, group, places)
+        return self._sampled(batch, group.sequences, group, places, group.counted)
 
     def mixed(self, rows: Indices, counts: Int32) -> Step[S]:
         """The step in which each of these rows computes so many tokens; those that catch up are sampled."""
@@ -160,31 +195,50 @@ class Rows(Generic[S]):
         query_starts = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=query_starts[1:])
         positions = np.arange(query_starts[-1], dtype=np.int32) - np.repeat(query_starts[:-1] - computed, counts)
-        caught_up = kv_lengths == self.known.take(rows)
+        first_row, caught_up = self.first_rows(rows), kv_lengths == self.known.take(rows)
         batch = Batch(
             token_ids=self.flat_tokens.take(np.repeat(rows * self.length, counts) + positions),
-            positions=positions,
+            positions=positions if first_row is None else positions + np.repeat(first_row, counts),
             query_starts=query_starts,
             kv_lengths=kv_lengths,
             block_tables={"full": self.tables[rows, : -(-int(kv_lengths.max()) // self.block_size)]},
             logit_rows=query_starts[1:][caught_up] - np.int32(1),
         )
-        return self._sampled(batch, self.owners.take(rows).tolist(), Group(self, rows[caught_up]), kv_lengths[caught_up])
+        group, places = Group(self, rows[caught_up]), kv_lengths[caught_up]
+        step = self._sampled(batch, self.owners.take(rows).tolist(), group, places, self.counted(rows))
+        if self.adjusts:
+            step.started = self._started(rows[computed == 0])
+        return step
 
-    def _sampled(self, batch: Batch, sequences: list[S], group: Group[S], places: Int32) -> Step[S]:
+    def _started(self, rows: Indices) -> list[tuple[int, Int32]]:
+        """Slots that begin. Their counts are right because all that the cache will hold of these rows is yet to be computed."""
+        found = zip(self.slots.take(rows).tolist(), self.owners.take(rows).tolist(), strict=True)
+        return [(slot, owner.adjustment.words) for slot, owner in found if slot]
+
+    def _sampled(self, batch: Batch, sequences: list[S], group: Group[S], places: Int32, counted: Int32 | None) -> Step[S]:
         last = places + 1 == group.limit
-        return Step(batch, sequences, group.sequences, group, places, last if np.count_nonzero(last) else None, self._departures)
+        ends = last if np.count_nonzero(last) else None
+        return Step(batch, sequences, group.sequences, group, places, ends, self._departures, counted)
 
     def sample(self, step: Step[S]) -> Sampling:
         """How the step's rows become tokens."""
         group = step.group
         records = group.records.copy()
         records["counter"] = step.counters
+        adjusting = self._adjusting(step)
         if not group.hosted:
-            return Sampling(records, NOBODY, group.greedy)
+            return Sampling(records, NOBODY, group.greedy, adjusting)
         hosted = step.places < group.host_until
         records["flags"][hosted] = HOST
-        return Sampling(records, np.flatnonzero(hosted).astype(np.int32), not records["temperature"][~hosted].any())
+        greedy = not records["temperature"][~hosted].any()
+        return Sampling(records, np.flatnonzero(hosted).astype(np.int32), greedy, adjusting)
+
+    def _adjusting(self, step: Step[S]) -> Adjusting | None:
+        until, penalized = step.group.listed_until, step.group.counted is not None
+        listed = until is not None and bool(np.count_nonzero(step.places < until))
+        if listed or step.counted is not None or step.started:
+            return Adjusting(step.started, step.counted, listed, penalized)
+        return None
 
     def expect(self, step: Step[S], sampling: Sampling) -> None:
         """Let the tokens that the submitted step will sample be known by their names, unless they are the last ones."""

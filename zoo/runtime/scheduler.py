@@ -28,7 +28,7 @@ from typing import Generic
 
 import numpy as np
 
-from zoo.runtime.abi import EngineLimits, Int32
+from zoo.runtime.abi import EngineLimits, Int32, RopeTables
 from zoo.runtime.blocks import BlockManager
 from zoo.runtime.rows import Indices, Rows, S, Step
 
@@ -36,8 +36,9 @@ from zoo.runtime.rows import Indices, Rows, S, Step
 class Scheduler(Generic[S]):
     """Plans steps for any number of sequences within an engine's limits. Pure bookkeeping: no tensors, no clock."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, rope_tables: RopeTables = ()) -> None:
         self.limits = limits
+        self.rope_tables = rope_tables
         self.blocks = BlockManager(limits.max_blocks, limits.block_size)
         # A running sequence may want a token and a row in every step, so no more run than fit.
         self.capacity = min(limits.max_sequences, limits.max_rows, limits.max_tokens)
@@ -72,6 +73,8 @@ class Scheduler(Generic[S]):
         """Queue a sequence. Its id must be new and its limit at most ``max_length``."""
         assert sequence.request_id not in self._sequences and sequence.limit <= self.max_length
         sequence.arrival = self._arrivals
+        # Its length at most, known from the start, decides for good: what is in the cache was rotated by one table.
+        sequence.first_row = next((row for length, row in self.rope_tables if length >= sequence.limit), 0)
         self._arrivals += 1
         self._sequences[sequence.request_id] = sequence
         heappush(self._waiting, (*sequence.key, sequence))

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.runtime.abi import Int32
+from zoo.runtime.adjusting import Adjustment
 from zoo.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class Sequence:
     __slots__ = (
         "_rows",
         "_waiting_tokens",
+        "adjustment",
         "arrival",
         "finished",
+        "first_row",
         "host_until",
         "limit",
         "params",
@@ -55,10 +58,12 @@ class Sequence:
         self.limit = limit
         self.priority = priority  # smaller runs first
         self.arrival = 0  # set by the scheduler; settles equal priorities
+        self.first_row = 0  # set by the scheduler: where the rotary table of a sequence of this limit begins
         self.row = -1  # while it waits
         self.preemptions = 0
         self.finished = False  # ended or dropped; what a submitted step still gives it is dropped
         self.sampling: npt.NDArray[np.void] | None = None  # its ``SAMPLING`` record, for sessions that sample
+        self.adjustment: Adjustment | None = None  # of its logits, by the session
         self.host_until = 0
         self._rows: Rows[Any] | None = None
         self._waiting_tokens: Int32 = np.array(prompt, np.int32)

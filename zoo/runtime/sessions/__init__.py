@@ -1,4 +1,6 @@
-"""Engine sessions: a folder of engine files and its manifest in, a ``Session`` (``zoo.runtime.abi``) out."""
+"""Engine sessions: a folder of engine files and its manifest in, a ``Session`` (``zoo.runtime.abi``) out, or of an encoder an
+``EncoderSession`` (``zoo.runtime.embedding``).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from zoo.artifacts.manifest import EngineManifest
 from zoo.errors import IncompatibleError, RequestError
 from zoo.runtime.abi import Session
+from zoo.runtime.embedding import EncoderSession
 
 
 def most_threads() -> int:
@@ -34,6 +37,11 @@ def open_session(
     GPU or packages, ResourceError when memory or disk are short, ArtifactError when files are missing or wrong.
     """
     name = manifest.compiler.get("name")
+    if manifest.pooling:
+        raise IncompatibleError(
+            f"engine {manifest.model}:{manifest.version}@{manifest.profile} is an encoder's: it gives embeddings (LLM.embed, "
+            "`zoo embed`) and generates nothing"
+        )
     if name == "onnxruntime":
         from zoo.runtime.sessions.onnxruntime import OrtSession
 
@@ -49,4 +57,21 @@ def open_session(
     raise IncompatibleError(
         f"engine {manifest.model}:{manifest.version}@{manifest.profile} was compiled by {name!r}, which this zoo cannot "
         "load; choose a profile for another compiler"
+    )
+
+
+def open_encoder(folder: Path, manifest: EngineManifest, threads: int = 0, checkpoint: Path | None = None) -> EncoderSession:
+    """As ``open_session``, of an encoder engine. IncompatibleError for compilers without such a session."""
+    name = manifest.compiler.get("name")
+    if name == "onnxruntime":
+        from zoo.runtime.sessions.onnxruntime_encoder import OrtEncoder
+
+        return OrtEncoder(folder, manifest, threads)
+    if name == "cuda":
+        from zoo.runtime.sessions.cuda_encoder import CudaEncoder
+
+        return CudaEncoder(folder, manifest, checkpoint)
+    raise IncompatibleError(
+        f"engine {manifest.model}:{manifest.version}@{manifest.profile} was compiled by {name!r}, and engines of encoders run on "
+        "onnxruntime and cuda only so far; build it for hardware=cpu, or for hardware that cuda builds for"
     )

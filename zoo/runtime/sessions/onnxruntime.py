@@ -62,6 +62,7 @@ class OrtSession:
         self, folder: Path, manifest: EngineManifest, threads: int = 0, fill: float | None = None, blocks: int = 0
     ) -> None:
         self.limits = _limits(manifest)
+        self.rope_tables = manifest.abi.rope_tables
         self.vocab_size = _vocab_size(manifest)
         check_threads(threads)
         self.threads = threads or _built_threads(manifest) or len(os.sched_getaffinity(0))

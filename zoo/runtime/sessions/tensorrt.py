@@ -49,6 +49,7 @@ class TensorRtSession:
         self._abi, self._name = manifest.abi, f"{manifest.model}:{manifest.version}@{manifest.profile}"
         try:
             self.limits = EngineLimits(**manifest.limits)
+            self.rope_tables = manifest.abi.rope_tables
             self.vocab_size = next(int(out.shape[1]) for out in manifest.abi.outputs if out.name == "logits")
         except (TypeError, ValueError, StopIteration, IndexError) as error:
             raise ArtifactError(f"engine.json: limits or outputs are malformed ({error}); rebuild the engine") from None
