@@ -209,15 +209,24 @@ def _make(
             "threads": spec.threads,
         },
         needs={"kind": spec.hardware.kind, "sm": spec.hardware.sm, "memory": spec.hardware.memory, **compiled.needs},
-        limits={key: int(value) for key, value in to_json(spec.limits).items()},
+        limits=_limits(spec),
         abi=compiled.abi,
         weights={"bound": checkpoint is not None, **weights},
         passes=[dataclasses.asdict(one) for one in graph.reports],
         plugins={op: plugin.version for op, plugin in PLUGINS.items() if op in used or op in _rewritten(graph)},
+        pooling=spec.model.pooling if spec.model.template == "encoder" else "",
         scratch=compiled.scratch,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return Engine(manifest, files)
+
+
+def _limits(spec: BuildSpec) -> dict[str, int]:
+    """The limits that an engine has: one without a cache has none of blocks and rows of logits."""
+    limits = {key: int(value) for key, value in to_json(spec.limits).items()}
+    if spec.model.template == "encoder":
+        limits = {key: limits[key] for key in ("max_tokens", "max_sequences", "max_context")}
+    return limits
 
 
 def _rewritten(graph: ModelGraph) -> set[str]:

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "push": ("store", "push", "copy an engine to an OCI registry"),
     "pull": ("store", "pull", "copy an engine from an OCI registry"),
     "generate": ("generate", "generate", "continue a prompt"),
+    "embed": ("embed", "embed", "give the embeddings of texts"),
     "serve": ("serve", "serve", "serve an engine over HTTP with the OpenAI API"),
     "bench": ("bench", "bench", "measure throughput, latency, energy and cost of an engine"),
     "tune": ("tune", "tune", "time variants of an engine's kernels on this GPU, for a hardware profile"),
@@ -69,7 +70,7 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
         add("folder", metavar="DIR", help="a folder with config.json and safetensors files")
         add("--name", help="the model's name (default: the folder's)")
         add("--force", action="store_true", help="replace a model of that name")
-    if name in ("show", "generate", "serve", "bench", "tune", "push"):
+    if name in ("show", "generate", "embed", "serve", "bench", "tune", "push"):
         add("ref", metavar="REF", help="model[:version][@profile]")
     if name == "verify":
         add("ref", metavar="REF", nargs="?", help="model[:version][@profile]; everything when left out")
@@ -93,12 +94,19 @@ def _arguments(name: str, parser: argparse.ArgumentParser) -> None:
         add("--top-p", type=float)
         add("--top-k", type=int)
         add("--seed", type=int)
-    if name in ("generate", "serve", "bench"):
+    if name == "embed":
+        add("texts", metavar="TEXT", nargs="+")
+        add("--no-normalize", dest="normalize", action="store_false", help="leave embeddings as long as they are")
+    if name in ("generate", "embed", "serve", "bench"):
         add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
         add("--checkpoint", metavar="FOLDER", help="of an engine that was built without one: the Hugging Face folder")
     if name == "serve":
         add("--host", default="127.0.0.1")
         add("--port", type=_port, default=8000, metavar="N", help="0 takes a free one")
+        add("--api-key", action="append", metavar="KEY", help="ask for it (several: any of them); or set ZOO_API_KEY")
+        add("--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait; more get 429 (default: 1024)")
+        add("--request-timeout", type=float, metavar="S", help="seconds after which a request ends with an error")
+        add("--metrics-prefix", default="zoo", metavar="NAME", help="of /metrics; vllm lets its dashboards carry over")
     if name == "tune":
         add("--seconds", type=float, default=300.0, metavar="N", help="after which no further variant is tried (default: 300)")
         add("--write", metavar="FILE.yaml", help="put the choices into the tuning section of this hardware profile")

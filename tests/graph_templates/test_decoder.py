@@ -221,7 +221,7 @@ def test_wrong_requests_say_what_is_allowed() -> None:
         expand(TINY, "float32", 33)
     with pytest.raises(GraphError, match="pick one of float32, float16, bfloat16"):
         expand(TINY, "float8")
-    assert list(TEMPLATES) == ["decoder"]
+    assert list(TEMPLATES) == ["decoder", "encoder"]
 
 
 EXPAND_70B = r"""

@@ -10,6 +10,7 @@ from pathlib import Path
 import families
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from attention_graphs import attention_graph, attention_spec
 from linear_graphs import nodes_of
@@ -25,6 +26,7 @@ from zoo.spec import ModelSpec
 from zoo.targets import TARGETS
 from zoo.weights.bind import materialize
 from zoo.weights.reader import Tensors
+from zoo.weights.recipe import Weight, tensor
 
 CPU = TARGETS["onnxruntime"]
 SPEC = attention_spec(4, 2, 8)
@@ -170,6 +172,55 @@ def test_a_head_that_is_no_linear_layer_is_a_miss() -> None:
     graph.graph.inputs = [v for v in graph.graph.inputs if v.name != "lm_head"]
     report = InsertPagedAttention().apply(graph, PassContext(build_spec(SPEC), CPU))
     assert "do not come from a MatMul by a weight" in report.misses[0].reason
+
+
+def bend(graph: ModelGraph, *shape: int) -> list[gs.Node]:
+    """Behind the head: times a weight, by another, tanh, times that again; ``shape`` is that of the first weight."""
+    weights = [graph.add_weight(Weight(name, graph.dtype, tensor(name, size))) for name, size in (("scale", shape), ("cap", ()))]
+    x, steps = graph.graph.outputs[0], []
+    for op, name, inputs in (
+        ("Mul", "scaled", [weights[0]]),
+        ("Div", "ratio", [weights[1]]),
+        ("Tanh", "bent", []),
+        ("Mul", "capped", [weights[1]]),
+    ):
+        out = gs.Variable(f"{name}.out", x.dtype, list(x.shape))
+        steps.append(gs.Node(op, name, inputs=[x, *inputs], outputs=[out]))
+        x = out
+    graph.graph.outputs[0].name, x.name = "lm_head.out", "logits"
+    graph.graph.outputs[0] = x
+    graph.graph.nodes += steps
+    return steps
+
+
+@pytest.mark.parametrize("shape", [(), (50,)], ids=["a number", "a row"])
+def test_a_head_may_be_scaled_and_bent(shape: tuple[int, ...]) -> None:
+    graph = attention_graph(SPEC)
+    bend(graph, *shape)
+    insert(graph)
+    names = [node.name for node in graph.graph.nodes]
+    behind = ["final_norm", "lm_head", "scaled", "ratio", "bent", "capped"]
+    assert names[names.index("logit_rows.gather") + 1 :] == behind
+    assert [node.outputs[0].shape for node in graph.graph.nodes[-6:]] == [["R", 32], *[["R", 50]] * 5]
+
+
+def scaled_by_rows(graph: ModelGraph) -> None:
+    bend(graph, 3, 50)
+
+
+def scaled_by_itself(graph: ModelGraph) -> None:
+    first = bend(graph)[0]
+    first.inputs[1] = first.inputs[0]
+
+
+@pytest.mark.parametrize("breaks", [scaled_by_rows, scaled_by_itself])
+def test_a_head_that_is_joined_with_more_than_weights_of_its_rows_is_a_miss(breaks: Callable[[ModelGraph], None]) -> None:
+    graph = attention_graph(SPEC)
+    breaks(graph)
+    report = InsertPagedAttention().apply(graph, PassContext(build_spec(SPEC), CPU))
+    assert [(miss.where, miss.reason) for miss in report.misses] == [
+        ("logits", "they do not come from a MatMul by a weight, but from scaled")
+    ]
 
 
 def test_other_inputs_are_refused() -> None:

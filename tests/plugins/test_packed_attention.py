@@ -35,7 +35,7 @@ from zoo.runtime.abi import Batch, EngineLimits
 LIMITS = EngineLimits(1 << 16, 4096, 0, 1 << 16, 0, 0)
 TOLERANCES = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-STEPS = {"one": [37], "mixture": [5, 1, 70, 2, 40], "several-tiles": [300, 3, 129], "single-tokens": [1] * 9}
+STEPS = {"mixture": [5, 1, 70, 2, 40], "several-tiles": [300, 3, 129]}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def test_body_and_lowerings(shape: Shape, steps: str) -> None:
         close(run_lowered(kind, shape, given), want, TOLERANCES["float32"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=9),
     window=st.sampled_from([0, 2, 9, 128]),
@@ -182,9 +182,11 @@ def test_half_precision(kind: str) -> None:
         close(run_lowered(kind, shape, given, "float16"), expected(shape, given), TOLERANCES["float16"])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_kernel(shape: Shape, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in SHAPES), ("window", "float16"), ("softcap", "bfloat16")]
+)
+def test_kernel(name: str, dtype: str) -> None:
+    shape = SHAPES[name]
     given = arrays(shape, STEPS["mixture"], seed=1)
     rounded = given | {name: given[name].astype(NUMPY[dtype]).astype(np.float32) for name in "qkv"}
     close(run_kernel(shape, given, dtype), expected(shape, rounded), TOLERANCES[dtype])
@@ -274,7 +276,7 @@ def test_what_a_hopper_gpu_is_given(tmp_path: Path) -> None:
     """Compiled ahead of time for SM 9.0: tensor cores by warp groups, 16 bytes a load, and no register spilled."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     kernels = []
-    for shape in (Shape(12, 12, 64), Shape(12, 12, 64, window=128)):
+    for shape in (Shape(12, 12, 64),):
         width = shape.heads * shape.size
         shapes: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), (1, "T", width)) | {"query_starts": ("B+1",)}
         kernels += [one.kernel for one in lowering.lower(cuda_node(PLUGIN, "bfloat16", shapes, {}, **shape.attributes))]

@@ -73,7 +73,8 @@ def engines(arguments: argparse.Namespace) -> int:
     stderr.print(f"{len(rows)} engines in {time.perf_counter() - started:.1f} s. Next:", highlight=False)
     here = [result.entry for result in results if result.entry.manifest.needs["kind"] == "cpu"]
     ref = here[0].manifest.model if here else results[0].entry.ref
-    stderr.print(f"  zoo generate {ref} 'def '" if here else f"  zoo show {ref}", highlight=False, markup=False)
+    use = f"zoo embed {ref} 'a text' 'another'" if here and here[0].manifest.pooling else f"zoo generate {ref} 'def '"
+    stderr.print(f"  {use}" if here else f"  zoo show {ref}", highlight=False, markup=False)
     return 0
 
 

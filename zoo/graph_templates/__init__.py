@@ -7,15 +7,18 @@ from collections.abc import Callable
 from zoo.errors import GraphError
 from zoo.graph import ModelGraph
 from zoo.graph_templates.decoder import decoder
+from zoo.graph_templates.encoder import encoder
 from zoo.spec import DTYPES, ModelSpec
 
 TEMPLATES: dict[str, Callable[[ModelSpec, str, int], ModelGraph]] = {
     "decoder": decoder,
+    "encoder": encoder,
 }
 
 
 def expand(model: ModelSpec, dtype: str, max_context: int = 0) -> ModelGraph:
-    """Expand a model into its plain graph: token_ids, positions [B, S] int64 -> logits [B, S, V] float32.
+    """Expand a model into its plain graph: token_ids, positions [B, S] int64 -> logits [B, S, V] float32,
+    or of an encoder hidden [B, S, E] float32.
 
     dtype        compute type of weights and activations
     max_context  rows of the position tables; 0: the model's own limit

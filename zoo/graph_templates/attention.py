@@ -37,10 +37,10 @@ def shared_inputs(b: Builder, token_ids: gs.Variable, positions: gs.Variable) ->
 def attention(b: Builder, i: int, x: gs.Variable, shared: Shared) -> gs.Variable:
     """x [B, S, E] -> [B, S, E]; grouped heads (Ainslie et al. 2023) when K < H."""
     m = b.model
-    q, k, v = (clipped(b, f"layer.{i}.{role}.clip", b.linear(role, x, i, bias=m.qkv_bias)) for role in ("q", "k", "v"))
+    q, k, v = (b.linear(role, x, i, bias=m.qkv_bias) for role in ("q", "k", "v"))
     rope = rotary(b, i, shared)
     q, k = query_or_key(b, i, "q", q, rope, m.num_heads), query_or_key(b, i, "k", k, rope, m.num_kv_heads)
-    y = attend(b, i, q, k, v, shared)
+    y = attend(b, i, q, k, clipped(b, f"layer.{i}.v.clip", v), shared)
     return b.linear("o", y, i, bias=m.out_bias)
 
 
@@ -85,7 +85,7 @@ def rotated(b: Builder, name: str, x: gs.Variable, rope: list[gs.Variable], head
 
 
 def query_or_key(b: Builder, i: int, role: str, x: gs.Variable, rope: list[gs.Variable], heads: int) -> gs.Variable:
-    """Norm, then rotary embedding, of x [B, S, heads * D]; each only if the model has it."""
+    """Norm, clip, rotary embedding of x [B, S, heads * D], in this order; each only if the model has it."""
     m, name = b.model, f"layer.{i}.{role}"
     if m.qk_norm == "all":
         x = b.norm(f"{role}_norm", x, i, name=f"{name}.norm", bias=False)
@@ -98,6 +98,7 @@ def query_or_key(b: Builder, i: int, role: str, x: gs.Variable, rope: list[gs.Va
         else:
             x = b.norm(f"{role}_norm", x, i, name=f"{name}.norm", bias=False)
         x = b.reshape(f"{name}.merge", x, [0, 0, heads * m.head_dim], merged)
+    x = clipped(b, f"{name}.clip", x)
     return rotated(b, f"{name}.rope", x, rope, heads, m.head_dim) if rope else x
 
 

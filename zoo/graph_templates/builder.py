@@ -81,15 +81,15 @@ class Builder:
         recipe = recipe_for(m, role, layer)
         return slice_(recipe, 0, 0, self.positions) if role == "pos_embed" and self.positions < recipe.shape[0] else recipe
 
-    def number(self, name: str, value: float) -> gs.Variable:
-        """A number of the spec, a weight of shape [] in the compute type; the same name is the same number."""
+    def number(self, name: str, value: float, dtype: str = "") -> gs.Variable:
+        """A number of the spec, a weight of shape [] (default: in the compute type); the same name is the same number."""
         if name not in self._numbers:
-            self._numbers[name] = self.out.add_weight(Weight(name, self.dtype, constant_recipe(value)))
+            self._numbers[name] = self.out.add_weight(Weight(name, dtype or self.dtype, constant_recipe(value)))
         return self._numbers[name]
 
-    def scaled(self, name: str, x: gs.Variable, factor: float) -> gs.Variable:
-        """``x`` times a number of the spec; ``x`` itself for 1."""
-        return x if factor == 1.0 else self.like("Mul", name, x, self.number(f"{name}.factor", factor))
+    def scaled(self, name: str, x: gs.Variable, factor: float, dtype: str = "") -> gs.Variable:
+        """``x`` times a number of the spec; ``x`` itself for 1. ``dtype`` is that of ``x``, if it is not the compute type."""
+        return x if factor == 1.0 else self.like("Mul", name, x, self.number(f"{name}.factor", factor, dtype), dtype=dtype)
 
     def reshape(self, name: str, x: gs.Variable, sizes: Sequence[int], shape: Sequence[Any]) -> gs.Variable:
         """``x`` in another shape; 0 in ``sizes`` keeps a size, ``shape`` describes the result."""
@@ -126,13 +126,15 @@ class Builder:
         y = self.node("MatMul", name, [x, weight], [*BATCH, weight.shape[1]])
         return self.like("Add", f"{name}.bias", y, self.weight(f"{role}.bias", layer)) if bias else y
 
-    def norm(self, role: str, x: gs.Variable, layer: int | None = None, name: str = "", bias: bool = True) -> gs.Variable:
+    def norm(
+        self, role: str, x: gs.Variable, layer: int | None = None, name: str = "", bias: bool = True, eps: float = 0.0
+    ) -> gs.Variable:
         """RMS norm (Zhang and Sennrich 2019) or layer norm over the last axis, computed in float32.
 
-        ``bias`` False: without one, also where the model's layer norms have them.
+        ``bias`` False: without one, also where the model's layer norms have them. ``eps`` 0: the model's.
         """
         name = name or (role if layer is None else f"layer.{layer}.{role}")
-        attrs = {"axis": -1, "epsilon": self.model.norm_eps, "stash_type": FLOAT32_STASH}
+        attrs = {"axis": -1, "epsilon": eps or self.model.norm_eps, "stash_type": FLOAT32_STASH}
         scale = self.weight(role, layer)
         if self.model.norm == "rms":
             return self.like("RMSNormalization", name, x, scale, **attrs)

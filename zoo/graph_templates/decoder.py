@@ -82,11 +82,15 @@ def residual(b: Builder, i: int, number: int, x: gs.Variable, branch: gs.Variabl
 
 
 def logits(b: Builder, x: gs.Variable) -> None:
-    """The head, [B, S, E] -> the output ``logits`` [B, S, V] float32; scaled and bent where the model says so."""
+    """The head, [B, S, E] -> the output ``logits`` [B, S, V] float32; scaled and bent where the model says so.
+
+    In float32: there are close logits that a rounding to the compute type would make equal.
+    """
     m = b.model
-    y = b.scaled("logits.scale", b.linear("lm_head", x, bias=m.head_bias), m.logit_scale)
+    y = b.cast("logits", b.linear("lm_head", x, bias=m.head_bias), "float32")
+    y = b.scaled("logits.scale", y, m.logit_scale, "float32")
     if m.logit_softcap:
-        cap = b.number("logits.cap", m.logit_softcap)
-        bent = b.like("Tanh", "logits.bent", b.like("Div", "logits.ratio", y, cap))
-        y = b.like("Mul", "logits.capped", bent, cap)
-    b.output(b.cast("logits", y, "float32"), "logits")
+        cap = b.number("logits.cap", m.logit_softcap, "float32")
+        ratio = b.like("Div", "logits.ratio", y, cap, dtype="float32")
+        y = b.like("Mul", "logits.capped", b.like("Tanh", "logits.bent", ratio, dtype="float32"), cap, dtype="float32")
+    b.output(y, "logits")

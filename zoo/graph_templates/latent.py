@@ -38,7 +38,7 @@ def latent_attention(b: Builder, i: int, x: gs.Variable, shared: Shared) -> gs.V
     q = b.reshape(f"{name}.q.merge", q, [0, 0, heads * row], [*BATCH, heads * row])
 
     latent, k_rope = b.split(f"{name}.kv.parts", b.linear("kv_a", x, i), [rank, turned], axis=2)
-    latent = b.norm("kv_a_norm", latent, i)
+    latent = b.norm("kv_a_norm", latent, i, eps=m.latent.norm_eps)
     k_rope = rotated(b, f"{name}.k.rope", k_rope, rope, 1, turned)
     k = b.node("Concat", f"{name}.k.row", [latent, k_rope], [*BATCH, row], axis=2)
 
@@ -52,9 +52,10 @@ def latent_attention(b: Builder, i: int, x: gs.Variable, shared: Shared) -> gs.V
 
 def queries(b: Builder, i: int, x: gs.Variable) -> gs.Variable:
     """All heads' queries [B, S, H * D], through a space of rank ``q_rank`` where the model has one."""
-    if not b.model.latent.q_rank:
+    latent = b.model.latent
+    if not latent.q_rank:
         return b.linear("q", x, i)
-    return b.linear("q_b", b.norm("q_a_norm", b.linear("q_a", x, i), i), i)
+    return b.linear("q_b", b.norm("q_a_norm", b.linear("q_a", x, i), i, eps=latent.norm_eps), i)
 
 
 def per_head(b: Builder, name: str, x: gs.Variable, weight: gs.Variable, shape: list[int]) -> gs.Variable:

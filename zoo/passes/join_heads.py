@@ -1,12 +1,13 @@
 """Queries, keys and values side by side again, for targets with kernels, where something stands between them and the cache.
 
-                ┌ q ─ norm ─ (RotaryEmbedding) ─┐                ┌ q ─ norm ─┐              ┌ (RotaryEmbedding) ─┐
-    qkv ─ Split ┼ k ─ norm ─ (RotaryEmbedding) ─ ZooPagedAttention   becomes   Split ┼ k ─ norm ─ Concat ─ Split ┼ (RotaryEmbedding) ─ ...
-                └ v ────────────────────────────┘                └ v ────────┘              └────────────────────┘
+                ┌ q ─ norm ─┐                                         ┌ q ─ norm ─┐
+    qkv ─ Split ┼ k ─ norm ─ ZooPagedAttention   becomes  qkv ─ Split ┼ k ─ norm ─ Concat ─ Split ─ ZooPagedAttention
+                └ v ────────┘                                         └ v ────────┘
 
-The pass behind this one, ``fuse_rotary_cache``, takes the second Split. It knows a norm of each head by itself where heads are
-rotated, too. Anything else goes through here: a norm over all heads, a weight for each head, a layer norm, a clip, a norm without
-a rotation. That costs a copy, so each such layer is recorded with the reason.
+A rotation behind the norm, if there is one, then stands behind the second Split, and ``fuse_rotary_cache``, the next pass, takes
+both. By itself it knows a norm of each head where heads are rotated, too. Anything else goes through here: a norm over all heads,
+a weight for each head, a layer norm, a clip, a norm without a rotation. That costs a copy, so each such layer is recorded with
+the reason.
 
 H heads, K key/value heads, D head size.
 """
@@ -72,7 +73,7 @@ def join_heads(graph: ModelGraph) -> PassReport:
 
 
 def _apart(graph: ModelGraph) -> list[tuple[gs.Node, list[Read], str]]:
-    """Attention nodes whose queries, keys and values are not the parts of one Split, and why fuse_rotary_cache cannot take them."""
+    """Attention nodes that do not read the parts of one Split, and why fuse_rotary_cache cannot take them as they are."""
     kept = output_ids(graph)
     positions = next((variable for variable in graph.data_inputs if variable.name == "positions"), None)
     found = []

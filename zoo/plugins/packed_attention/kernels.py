@@ -59,8 +59,8 @@ def _attend(
     """Let queries [M, D] see rows first to stop - 1.
 
     state   sums of values [M, D], sums of weights [M, 1], largest scores [M, 1]
-    MASKED  some query does not see some of these rows; rows from ``stop`` on read the last one. Values that are not finite then count as 0, or a text's NaN would reach,
-            times a weight of 0, those that share its tile; its own scores are NaN anyway
+    MASKED  some query does not see some of these rows; rows from ``stop`` on read the last one. Values that are not finite then
+            count as 0: times a weight of 0, a text's NaN would reach those that share its tile. Its own scores are NaN anyway
     """
     sums, total, most = state
     d = tl.arange(0, BLOCK_D)[None, :]
