@@ -135,9 +135,10 @@ def last_results() -> Results:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="take the checks from a JUnit report of a run that was")
     parser.add_argument("--only-text", action="store_true", help="keep the results that the page holds")
     arguments = parser.parse_args()
-    results = last_results() if arguments.only_text else run_checks()
+    results = last_results() if arguments.only_text else read_report(arguments.report) if arguments.report else run_checks()
     PAGE.write_text(page(results))
     failed = [
         f"{name}: {column} {passed}/{run}"
