@@ -33,7 +33,7 @@ engines: setup
 	$(BIN)/zoo engines -m $(FLEET)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -25,13 +25,14 @@ from zoo.artifacts.manifest import EngineManifest
 from zoo.build import _limits
 from zoo.calibration import calibrate
 from zoo.compilers.cuda import CudaCompiler
-from zoo.errors import ArtifactError, CompileError
+from zoo.errors import ArtifactError, CompileError, IncompatibleError
 from zoo.plugins.kernels import CudaNode, TensorRef
 from zoo.plugins.packed_attention import cuda as lowering
 from zoo.runtime.embedding import batch_of
 from zoo.runtime.sessions import open_encoder
 from zoo.runtime.sessions.cuda_encoder import CudaEncoder
 from zoo.spec import Limits
+from zoo.tuning import run as tuning
 from zoo.weights.reader import Tensors
 
 LIMITS = Limits(max_tokens=96, max_sequences=6, max_context=40)
@@ -128,6 +129,8 @@ def test_an_engine_samples_nothing(root: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["sampling"] == {"greedy": [], "sample": [], "resolve": []} and plan["sampling_scratch"] == {}
     assert not manifest.abi.caches and manifest.limits.keys() == {"max_tokens", "max_sequences", "max_context"}
+    with pytest.raises(IncompatibleError, match="is an encoder's, whose kernels have nothing to choose from yet"):
+        tuning.check(manifest)
     assert HOPPER.sm == plan["sm"] and plan["inputs"] == ["positions", "query_starts", "token_ids"]
 
 

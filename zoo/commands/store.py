@@ -34,6 +34,7 @@ def show(arguments: argparse.Namespace) -> int:
     manifest = entry.manifest
     rows = [(key, value if key != "size" else size_text(value)) for key, value in entry.row().items()]
     rows += [("build", manifest.build), ("dtype", manifest.spec["dtype"]), ("limits", _inline(manifest.limits))]
+    rows += [("pooling", manifest.pooling)] if manifest.pooling else []  # of an encoder
     rows += [("needs", _inline(manifest.needs)), ("plugins", _inline(manifest.plugins))]
     rows += [(f"pass {one['name']}", _inline(one["counts"]) or "nothing to do") for one in manifest.passes]
     rows += [(f"file {name}", f"{size_text(one['size'])} {one['digest'][:19]}") for name, one in manifest.files.items()]

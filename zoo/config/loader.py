@@ -7,6 +7,7 @@ that should not be.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -26,7 +27,7 @@ from hydra.core.override_parser.types import Override, OverrideType, QuotedStrin
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -146,6 +147,10 @@ def expand_sweep(overrides: Sequence[str], folders: list[Path]) -> list[list[str
     return [list(chosen) for chosen in itertools.product(*choices)]
 
 
+# Files that were loaded and checked, by path and what tells one state of a file from another.
+_CHECKED: dict[tuple[Path, int, int, int], tuple[ConfigResult, str, dict[str, Any]]] = {}
+
+
 class _Checked(ConfigRepository):  # type: ignore[misc]
     """A repository that checks a file when Hydra loads it, and remembers it."""
 
@@ -164,6 +169,16 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
             return super().load_config(config_path)
         path = folder / f"{config_path}.yaml"
         files.guard(path)
+        status = path.stat()
+        key = (path, status.st_mtime_ns, status.st_size, status.st_ino)
+        if key not in _CHECKED:
+            _CHECKED[key] = self._checked(config_path, path)
+        result, package, keys = _CHECKED[key]
+        self.loaded.append(Loaded(config_path, folder, path, package, keys))
+        return copy.deepcopy(result)  # Hydra changes what it is given
+
+    def _checked(self, config_path: str, path: Path) -> tuple[ConfigResult, str, dict[str, Any]]:
+        """Load and check one file; of a family without its way of reading config.json, which is large and no part of a model."""
         try:
             result = super().load_config(config_path)
         except (YAMLError, OmegaConfBaseException, HydraException, ValueError) as error:
@@ -186,8 +201,11 @@ class _Checked(ConfigRepository):  # type: ignore[misc]
         if package and not family and result.header.get("package") != package:
             raise ConfigError(f"{where}: the first line must be '# @package {package}', so that its keys stand at {package}.*")
         check(data, hints_of(Root)[package] if package else Root, package, where)
-        self.loaded.append(Loaded(config_path, folder, path, package, {str(key): value for key, value in data.items()}))
-        return result
+        if family:
+            with read_write(result.config), open_dict(result.config):
+                for name in ("config", "architectures"):
+                    result.config.pop(name, None)
+        return result, package, {str(key): value for key, value in data.items()}
 
 
 class _Loader(ConfigLoaderImpl):  # type: ignore[misc]

@@ -47,6 +47,10 @@ def check(manifest: EngineManifest) -> None:
             f"{manifest.model} {manifest.profile} was built by {compiler}, whose kernels are its own; give an engine of the cuda "
             "compiler"
         )
+    if manifest.pooling:
+        raise IncompatibleError(
+            f"{manifest.model} {manifest.profile} is an encoder's, whose kernels have nothing to choose from yet"
+        )
     if importlib.util.find_spec("triton") is None:
         raise UnavailableError(
             "Triton, which compiles the variants, is not installed; install it with "

@@ -73,7 +73,7 @@ class CudaEncoder:
         self._device.close()
 
     def _check(self, batch: Batch) -> None:
-        """Whoever packs texts keeps the limits; a batch that breaks them is a bug, and kernels would write beyond their tensors."""
+        """Whoever packs texts keeps the limits. With a batch that breaks them kernels would write beyond their tensors."""
         limits, ids, starts = self.limits, batch.token_ids, batch.query_starts
         counts = starts[1:] - starts[:-1]
         assert 0 < len(ids) <= limits.max_tokens, f"{len(ids)} tokens in a step, the engine takes {limits.max_tokens}"
