@@ -18,7 +18,7 @@ TOKENS = 32
 LENGTHS = (3, 17, 40)
 
 
-@pytest.mark.parametrize("case", list(families.CASES))
+@pytest.mark.parametrize("case", ["llama-grouped", "mistral-window", "qwen3-tied-wide", "gpt2-odd"])  # test_zoo.py has all
 def test_greedy_continuations_equal_transformers(case: str, tmp_path: Path) -> None:
     family, overrides = families.CASES[case]
     folder = families.make_checkpoint(tmp_path, family, **overrides)
