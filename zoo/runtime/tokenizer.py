@@ -62,6 +62,7 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer that `tokenizers` {tokenizers.__version__} reads: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        read_json(folder / "tokenizer_config.json")  # a broken one is refused now, not when the first chat comes
         self.detokenizer = Detokenizer(self._tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
