@@ -51,6 +51,7 @@ small checkpoints that transformers made (of pretrained weights only zoo-demo's 
 - engine: a mixed batch in the ONNX Runtime engine goes on with transformers' 32 greedy tokens; encoders: embeddings within 1e-4
 - RTX, cuda: a small engine compiles for an L40S (TensorRT-RTX) and an H200 (our kernels), on a machine without a GPU
 - full size: the graph of a published model's shape is expanded and rewritten for every target, without weights
+- a dash: not run when this page was written, or not there: latent attention (DeepSeek) has no cuda kernels
 """
 Results = dict[str, dict[str, list[int]]]  # architecture -> column -> [passed, run]
 
@@ -76,6 +77,15 @@ def read_report(report: Path) -> Results:
                 counts[0] += passed
                 counts[1] += 1
     return {name: dict(row) for name, row in found.items()}
+
+
+def read_reports(reports: list[Path]) -> Results:
+    """Several reports as one; they have different tests."""
+    found: Results = defaultdict(dict)
+    for report in reports:
+        for name, row in read_report(report).items():
+            found[name] |= row
+    return dict(found)
 
 
 def options_of(data: dict[str, Any]) -> list[str]:
@@ -135,10 +145,12 @@ def last_results() -> Results:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="take the checks from a JUnit report of a run that was")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="take the checks from JUnit reports of runs that were"
+    )
     parser.add_argument("--only-text", action="store_true", help="keep the results that the page holds")
     arguments = parser.parse_args()
-    results = last_results() if arguments.only_text else read_report(arguments.report) if arguments.report else run_checks()
+    results = last_results() if arguments.only_text else read_reports(arguments.report) if arguments.report else run_checks()
     PAGE.write_text(page(results))
     failed = [
         f"{name}: {column} {passed}/{run}"
