@@ -32,7 +32,7 @@ from zoo.runtime.engine import Engine
 from zoo.runtime.grammar import Grammars
 from zoo.runtime.progress import with_progress
 from zoo.runtime.prompts import Prompt, read_params, read_prompts
-from zoo.runtime.request import SEEDS, CompletionOutput, Piece, RequestOutput, SamplingParams
+from zoo.runtime.request import CompletionOutput, Piece, RequestOutput, SamplingParams, unfold
 from zoo.runtime.sessions import check_threads, open_encoder, open_session
 from zoo.runtime.tokenizer import GenerationConfig, Tokenizer
 from zoo.spec import BuildSpec
@@ -248,10 +248,9 @@ class LLM:
             name = self._new_id()
             completions = [CompletionOutput(index) for index in range(wanted.n)]
             outputs.append(RequestOutput(name, prompt, tokens, completions))
-            for index, completion in enumerate(completions):
-                seed = None if wanted.seed is None else (int(wanted.seed) + index) % SEEDS
+            for index, (completion, one) in enumerate(zip(completions, unfold(wanted, wanted.n), strict=True)):
                 child = name if wanted.n == 1 else f"{name}-{index}"
-                requests[child] = (tokens, dataclasses.replace(wanted, n=1, seed=seed))
+                requests[child] = (tokens, one)
                 places[child] = completion
         texts_of: dict[str, list[str]] = {name: [] for name in places}
         with closing(self._run(requests)) as pieces:

@@ -71,9 +71,7 @@ def _growing(original: int, context: int) -> list[int]:
     return lengths
 
 
-def params(
-    rope: RopeSpec, rotary_dim: int, head_dim: int, max_positions: int, max_context: int = 0
-) -> tuple[int, dict[str, Any]]:
+def params(rope: RopeSpec, rotary_dim: int, max_positions: int, max_context: int = 0) -> tuple[int, dict[str, Any]]:
     """Rows of a model's rotary weights, and the parameters of their ``computed`` recipe: plain numbers, texts and tuples.
 
     ``zoo.weights.tables`` makes the tables from them. They name only what the kind reads, so that equal tables have equal

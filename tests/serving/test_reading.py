@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from zoo.runtime.request import SamplingParams
+from zoo.runtime.request import SamplingParams, unfold
 from zoo.serving.bodies import ChatBody, CompletionBody
-from zoo.serving.reading import FieldError, max_tokens_of, parse, sampling, seeds, unsupported
+from zoo.serving.reading import FieldError, max_tokens_of, parse, sampling, unsupported
 
 
 def completion(**fields: Any) -> CompletionBody:
@@ -25,7 +25,7 @@ def test_fields_become_parameters_over_the_models_defaults() -> None:
     params = sampling(body, SamplingParams(temperature=0.7, top_p=0.5), 9)
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0, 0.5, 5, 9)
     assert params.stop == ["a", "b"] and params.logit_bias == {7: -100} and params.logprobs == 3
-    assert params.seed == 2**64 - 1 and [one.seed for one in seeds(params, 2)] == [2**64 - 1, 0]
+    assert params.seed == 2**64 - 1 and [one.seed for one in unfold(params, 2)] == [2**64 - 1, 0]
     assert sampling(chat(logprobs=True, top_logprobs=4), SamplingParams(), None).logprobs == 4
     assert max_tokens_of(chat(max_completion_tokens=5)) == 5 and max_tokens_of(chat()) is None
 

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[int, dict[str, Any], RopeSpec]] = {
 
 def table(kind: str, rope: RopeSpec, dim: int, context: int, spare: int = 0) -> np.ndarray:
     """A whole table, as a graph's weight is made, from a recipe that went through JSON."""
-    rows, params = ropetables.params(rope, dim, dim, context, context)
+    rows, params = ropetables.params(rope, dim, context, context)
     recipe = Recipe.from_json(computed(kind, (rows + spare, dim // 2), **params).to_json())
     return materialize(Weight("t", "float32", recipe), None, {})
 
@@ -81,7 +81,7 @@ def test_equal_to_transformers(name: str) -> None:
     dim, theirs, ours = CASES[name]
     config = LlamaConfig(hidden_size=2 * dim, num_attention_heads=2, head_dim=dim, rope_parameters=dict(theirs))
     module = LlamaRotaryEmbedding(config)
-    params = ropetables.params(ours, dim, dim, 300)[1]
+    params = ropetables.params(ours, dim, 300)[1]
     np.testing.assert_allclose(rotary_frequencies(params), module.inv_freq.numpy(), rtol=1e-6, atol=0)
     assert ropetables.attention_factor(ours) == pytest.approx(module.attention_scaling, rel=1e-12)
     for kind, expected in zip(("rope_cos", "rope_sin"), reference(module, dim, 300), strict=True):
@@ -170,7 +170,7 @@ def test_dynamic_tables_are_bounded(original: int, context: int) -> None:
 
 
 def test_kinds_without_lengths_have_one_table_and_only_their_numbers() -> None:
-    rows, params = ropetables.params(RopeSpec(factor=7.0, beta_fast=2.0), 8, 8, 100, 60)
+    rows, params = ropetables.params(RopeSpec(factor=7.0, beta_fast=2.0), 8, 100, 60)
     assert (rows, params) == (60, {"rotary_dim": 8, "kind": "default", "theta": 10000.0})
     for kind in ("default", "linear", "yarn", "llama3"):
         assert ropetables.tables(RopeSpec(kind, original_max_positions=10), 100, 60) == (ropetables.Table(60, 0),)
@@ -181,7 +181,7 @@ def test_a_table_of_the_wrong_shape_is_refused() -> None:
         TABLES["rope_cos"]((10, 8), {"rotary_dim": 8, "theta": 10000.0})
     with pytest.raises(ArtifactError, match="rotary kind 'fast' is not known; known are default, linear, dynamic, yarn"):
         TABLES["rope_cos"]((10, 4), {"rotary_dim": 8, "theta": 10000.0, "kind": "fast", "factor": 2.0})
-    _, params = ropetables.params(longrope(16)[1], 16, 16, 128)
+    _, params = ropetables.params(longrope(16)[1], 16, 128)
     with pytest.raises(ArtifactError, match=r"does not fit rotary_dim 16 with tables for lengths 32, 128"):
         TABLES["rope_sin"]((159, 8), params)
     with pytest.raises(ArtifactError, match="3 factors for 8 frequencies"):

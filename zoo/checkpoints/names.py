@@ -128,7 +128,7 @@ def rope_recipe(model: ModelSpec, part: str, max_context: int = 0, *, local: boo
 
     rope = model.local_rope if local else model.rope
     context = max_context or model.max_positions
-    rows, numbers = params(rope, model.rotary_dim, model.head_dim, model.max_positions, context)
+    rows, numbers = params(rope, model.rotary_dim, model.max_positions, context)
     return computed(f"rope_{part}", (rows, model.rotary_dim // 2), **numbers)
 
 

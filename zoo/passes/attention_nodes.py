@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -22,6 +24,7 @@ from zoo.plugins.contract import Plugin
 from zoo.plugins.paged_attention import OP, PLUGINS
 from zoo.plugins.paged_attention.body import SINKS, SLOPES
 
+T = TypeVar("T")
 ATTENTION = re.compile(r"layer\.(\d+)\.attention")
 
 
@@ -38,10 +41,15 @@ class LayerAttention:
 
 def match(graph: ModelGraph) -> tuple[list[LayerAttention], list[Miss]]:
     """Each layer's Attention node, in order of the table, and what disagrees with the table."""
-    found: dict[int, LayerAttention] = {}
+    inputs = {variable.name: variable for variable in graph.graph.inputs}
+    return match_layers(graph, lambda node, layer: read(graph, node, layer, inputs))
+
+
+def match_layers(graph: ModelGraph, read: Callable[[gs.Node, LayerInfo], T | str]) -> tuple[list[T], list[Miss]]:
+    """What ``read`` makes of each layer's Attention node, in order of the table; a text it gives is the reason of a miss."""
+    found: dict[int, T] = {}
     seen: set[int] = set()
     misses: list[Miss] = []
-    inputs = {variable.name: variable for variable in graph.graph.inputs}
     for node in graph.graph.nodes:
         if node.op != "Attention":
             continue
@@ -51,7 +59,7 @@ def match(graph: ModelGraph) -> tuple[list[LayerAttention], list[Miss]]:
             continue
         layer = graph.layers[int(name[1])]
         seen.add(layer.index)
-        one = read(graph, node, layer, inputs)
+        one = read(node, layer)
         if isinstance(one, str):
             misses.append(Miss(node.name, one))
         else:
@@ -87,7 +95,7 @@ def read(graph: ModelGraph, node: gs.Node, layer: LayerInfo, inputs: dict[str, g
                 return reason
         k, v = k.inputs[0].inputs[0], v.inputs[0].inputs[0]
     if len(node.inputs) > 3:
-        made_from = _weights_behind(node.inputs[3], graph)
+        made_from = weights_behind(node.inputs[3], graph)
         if made_from != ({weight} if weight else set()):
             names = ", ".join(sorted(made_from)) or "no weight"
             return f"its mask is made from {names}, by the layer table from {weight or 'no weight'}"
@@ -96,27 +104,47 @@ def read(graph: ModelGraph, node: gs.Node, layer: LayerInfo, inputs: dict[str, g
 
 def disagreement(node: gs.Node, layer: LayerInfo) -> str:
     """How the attributes and the number of inputs of an Attention node differ from its row of the table; "" if they do not."""
-    expected = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "is_causal": int(not layer.sinks)}
+    if reason := attributes_differ(node, layer, int(not layer.sinks)):
+        return reason
+    if layer.sinks and layer.alibi:
+        return "the layer table says sinks and alibi, for which there is no op"
+    options = (f"window {layer.window}" * bool(layer.window), "sinks" * layer.sinks, "alibi" * layer.alibi)
+    return mask_differs(node, ", ".join(option for option in options if option), "window, sinks or alibi")
+
+
+def attributes_differ(
+    node: gs.Node, layer: LayerInfo, causal: int, says: str = "the layer table says", op: str = "paged attention"
+) -> str:
+    """How an Attention node's attributes and its number of inputs and outputs differ from its row; "" if they do not.
+
+    says, op   for the reasons: what has the numbers, and which op does not know an attribute
+    """
+    expected = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "is_causal": causal}
     for key, value in expected.items():
         if node.attrs.get(key, 0) != value:
-            return f"{key} is {node.attrs.get(key, 0)}, the layer table says {value}"
+            return f"{key} is {node.attrs.get(key, 0)}, {says} {value}"
     for key, number, default in (("scale", layer.scale, layer.head_dim**-0.5), ("softcap", layer.softcap, 0.0)):
         if not math.isclose(node.attrs.get(key, default), number, rel_tol=1e-6):
             return f"{key} is {node.attrs.get(key, default)}, the layer table says {number}"
     if extra := sorted(set(node.attrs) - {*expected, "scale", "softcap"}):
-        return f"it has the attributes {', '.join(extra)}, which paged attention does not know"
-    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-    if len(inputs) not in (3, 4) or len(node.outputs) != 1:
+        return f"it has the attributes {', '.join(extra)}, which {op} does not know"
+    if len(given(node)) not in (3, 4) or len(node.outputs) != 1:
         return "it has a cache of its own (more than q, k, v and a mask in, or more than one output)"
-    if layer.sinks and layer.alibi:
-        return "the layer table says sinks and alibi, for which there is no op"
-    options = (f"window {layer.window}" * bool(layer.window), "sinks" * layer.sinks, "alibi" * layer.alibi)
-    masked = ", ".join(option for option in options if option)
-    if masked and len(inputs) == 3:
-        return f"the layer table says {masked}, but it has no mask"
-    if not masked and len(inputs) == 4:
-        return "it has a mask, but the layer table says no window, sinks or alibi"
     return ""
+
+
+def mask_differs(node: gs.Node, masked: str, options: str) -> str:
+    """Why an Attention node has a mask or none; ``masked``: what the layer has of the ``options`` that want one."""
+    if masked and len(given(node)) == 3:
+        return f"the layer table says {masked}, but it has no mask"
+    if not masked and len(given(node)) == 4:
+        return f"it has a mask, but the layer table says no {options}"
+    return ""
+
+
+def given(node: gs.Node) -> list[gs.Tensor]:
+    """The inputs that a node really has."""
+    return [tensor for tensor in node.inputs if not tensor.is_empty()]
 
 
 def _no_sink(tensor: gs.Variable, name: str) -> str:
@@ -129,7 +157,7 @@ def _no_sink(tensor: gs.Variable, name: str) -> str:
     return ""
 
 
-def _weights_behind(tensor: gs.Tensor, graph: ModelGraph) -> set[str]:
+def weights_behind(tensor: gs.Tensor, graph: ModelGraph) -> set[str]:
     """The weights that a tensor is made from, without plain numbers. What a Shape is of is not counted."""
     found: set[str] = set()
     seen: set[int] = set()

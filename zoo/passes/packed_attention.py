@@ -12,17 +12,15 @@ T tokens, B texts, E hidden.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from zoo.errors import PassError
 from zoo.graph import LayerInfo, Miss, ModelGraph, PassReport
-from zoo.passes.attention_nodes import ATTENTION, _weights_behind
+from zoo.passes.attention_nodes import attributes_differ, given, mask_differs, match_layers, weights_behind
 from zoo.passes.clean import detach, remove_dead
 from zoo.passes.frame import Pass, PassContext
-from zoo.passes.paged_attention import INT32, RaggedInputs, _lengthen_rotary_tables
+from zoo.passes.paged_attention import INT32, RaggedInputs, lengthen_rotary_tables
 from zoo.plugins.packed_attention import PLUGIN
 from zoo.spec import BuildSpec
 from zoo.targets import Target
@@ -67,7 +65,7 @@ class InsertPackedAttention(Pass):
         for node, layer in matches:
             _replace(graph, node, layer, inputs)
         _flatten(graph)
-        _lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
+        lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
         report.counts = {PLUGIN.op: len(matches), "masks": sum(bool(layer.window) for layer in graph.layers)}
         graph.functions[PLUGIN.op] = PLUGIN.body
         remove_dead(graph)
@@ -104,58 +102,29 @@ class PackedInputs(RaggedInputs):
 
 def match(graph: ModelGraph) -> tuple[list[tuple[gs.Node, LayerInfo]], list[Miss]]:
     """Each layer's Attention node, in order of the table, and what disagrees with the table."""
-    found: dict[int, gs.Node] = {}
-    misses: list[Miss] = []
-    for node in graph.graph.nodes:
-        if node.op != "Attention":
-            continue
-        name = ATTENTION.fullmatch(node.name)
-        if name is None or int(name[1]) >= len(graph.layers):
-            misses.append(Miss(node.name, f"it is not layer.0.attention to layer.{len(graph.layers) - 1}.attention"))
-            continue
-        found[int(name[1])] = node
-        if reason := disagreement(graph, node, graph.layers[int(name[1])]):
-            misses.append(Miss(node.name, reason))
-    misses += [
-        Miss(f"layer.{layer.index}.attention", "there is no such Attention node")
-        for layer in graph.layers
-        if layer.index not in found
-    ]
-    return [(found[layer.index], layer) for layer in graph.layers if layer.index in found], misses
+    return match_layers(graph, lambda node, layer: disagreement(graph, node, layer) or (node, layer))
 
 
 def disagreement(graph: ModelGraph, node: gs.Node, layer: LayerInfo) -> str:
     """How an Attention node differs from its row of the layer table, or what packed attention does not have; "" if nothing."""
     if layer.sinks or layer.alibi:
         return f"the layer table says {'sinks' if layer.sinks else 'alibi'}, which packed attention does not have"
-    expected = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "is_causal": 0}
-    for key, value in expected.items():
-        if node.attrs.get(key, 0) != value:
-            return f"{key} is {node.attrs.get(key, 0)}, an encoder of this layer table has {value}"
-    for key, number, default in (("scale", layer.scale, layer.head_dim**-0.5), ("softcap", layer.softcap, 0.0)):
-        if not math.isclose(node.attrs.get(key, default), number, rel_tol=1e-6):
-            return f"{key} is {node.attrs.get(key, default)}, the layer table says {number}"
-    if extra := sorted(set(node.attrs) - {*expected, "scale", "softcap"}):
-        return f"it has the attributes {', '.join(extra)}, which packed attention does not know"
-    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-    if len(inputs) not in (3, 4) or len(node.outputs) != 1:
-        return "it has a cache of its own (more than q, k, v and a mask in, or more than one output)"
-    if layer.window and len(inputs) == 3:
-        return f"the layer table says window {layer.window}, but it has no mask"
-    if not layer.window and len(inputs) == 4:
-        return "it has a mask, but the layer table says no window"
-    if layer.window and (weights := _weights_behind(inputs[3], graph)):
+    if reason := attributes_differ(node, layer, 0, "an encoder of this layer table has", "packed attention"):
+        return reason
+    if reason := mask_differs(node, f"window {layer.window}" if layer.window else "", "window"):
+        return reason
+    if layer.window and (weights := weights_behind(given(node)[3], graph)):
         return f"its mask is made from {', '.join(sorted(weights))}, by the layer table from no weight"
     return ""
 
 
 def _replace(graph: ModelGraph, attention: gs.Node, layer: LayerInfo, inputs: PackedInputs) -> None:
     place = next(place for place, node in enumerate(graph.graph.nodes) if node is attention)
-    given, outputs = list(attention.inputs[:3]), list(attention.outputs)
+    heads, outputs = list(attention.inputs[:3]), list(attention.outputs)
     detach([attention])
     graph.graph.nodes[place] = PLUGIN.node(
         attention.name,
-        [*given, inputs.query_starts],
+        [*heads, inputs.query_starts],
         outputs,
         num_heads=layer.heads,
         kv_heads=layer.kv_heads,

@@ -66,7 +66,7 @@ class InsertPagedAttention(Pass):
         for one in matches:
             _replace(graph, one, inputs)
         _gather_rows(graph, head, inputs.logit_rows)
-        _lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
+        lengthen_rotary_tables(graph, ctx.build.limits.max_tokens)
         ops = [one.plugin.op for one in matches]
         masks = sum(bool(layer.window or layer.sinks or layer.alibi) for layer in graph.layers)
         report.counts = {op: ops.count(op) for op in dict.fromkeys(ops)} | {"masks": masks}
@@ -87,7 +87,7 @@ class InsertPagedAttention(Pass):
             raise PassError(f"the outputs are {', '.join(names)}")
 
 
-def _lengthen_rotary_tables(graph: ModelGraph, rows: int) -> None:
+def lengthen_rotary_tables(graph: ModelGraph, rows: int) -> None:
     """Give rotary tables a row for each token of a step, if the context has fewer.
 
     A ragged row holds several sequences, so T may exceed the context. No position does, but ONNX Runtime's RotaryEmbedding

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping
@@ -145,6 +146,12 @@ class SamplingParams:
     def stop_strings(self) -> list[str]:
         """``stop`` as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+def unfold(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """Parameters of each of ``count`` continuations, one each; with a seed, continuation i has seed + i."""
+    seeds = [None if params.seed is None else (int(params.seed) + index) % SEEDS for index in range(count)]
+    return [dataclasses.replace(params, n=1, seed=seed) for seed in seeds]
 
 
 @dataclass

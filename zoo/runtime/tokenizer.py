@@ -62,7 +62,7 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer that `tokenizers` {tokenizers.__version__} reads: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        read_json(folder / "tokenizer_config.json")  # a broken one is refused now, not when the first chat comes
+        self._config = read_json(folder / "tokenizer_config.json")  # a broken one is refused now, not when the first chat comes
         self.detokenizer = Detokenizer(self._tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -93,12 +93,12 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Name -> token for bos_token, eos_token and the like."""
-        return read_special_tokens(self.folder)
+        return read_special_tokens(self.folder, self._config)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """chat_template.jinja, or else the one in tokenizer_config.json (of several, "default"); None if there is none."""
-        return read_template(self.folder)
+        return read_template(self.folder, self._config)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt for chat messages; see ``ChatTemplate.render``. Raises RequestError for a model without a template."""
@@ -107,11 +107,10 @@ class Tokenizer:
         return self.chat_template.render(messages, **options)
 
 
-def read_special_tokens(folder: Path) -> dict[str, str]:
+def read_special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Name -> token for bos_token, eos_token and the like; tokenizer_config.json goes before special_tokens_map.json."""
     found: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        source = read_json(folder / file)
+    for source in (read_json(folder / "special_tokens_map.json"), config):
         for name in NAMED:
             value = source.get(name)
             content = value.get("content") if isinstance(value, Mapping) else value
@@ -120,15 +119,18 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def read_template(folder: Path) -> ChatTemplate | None:
-    """chat_template.jinja, or else the one in tokenizer_config.json (of several, "default"); None if there is none."""
+def read_template(folder: Path, config: Mapping[str, Any] | None = None) -> ChatTemplate | None:
+    """chat_template.jinja, or else the one in tokenizer_config.json (of several, "default"); None if there is none.
+
+    config   tokenizer_config.json, where it has been read already
+    """
     path = folder / "chat_template.jinja"
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json") if config is None else config
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
         source = named.get("default")
-    return ChatTemplate(source, read_special_tokens(folder)) if isinstance(source, str) else None
+    return ChatTemplate(source, read_special_tokens(folder, config)) if isinstance(source, str) else None
 
 
 class GenerationConfig:

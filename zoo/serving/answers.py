@@ -99,24 +99,6 @@ class ChatAnswer(Answer):
     usage: Usage
 
 
-class EmbeddingItem(Answer):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(Answer):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingAnswer(Answer):
-    object: Literal["list"]
-    model: str
-    data: list[EmbeddingItem]
-    usage: EmbeddingUsage
-
-
 class ModelCard(Answer):
     id: str
     object: Literal["model"]

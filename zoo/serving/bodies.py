@@ -114,21 +114,6 @@ class ChatBody(Generation):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class EmbeddingBody(Strict):
-    """POST /v1/embeddings."""
-
-    model: str | None = None
-    input: (
-        Text
-        | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
-    )
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
-
-
 class TokenizeBody(Strict):
     """POST /tokenize: of a text, or of a chat as the model's template writes it."""
 

@@ -37,7 +37,7 @@ async def chat(front: Frontend, request: Request) -> Response:
     ask = front.ask(request, body, [prompt], call.params, body.n or 1)
     if body.stream:
         front.engine.check(len(ask.all))
-        return Events(request, call.events(ask, prompt), front)
+        return Events(call.events(ask, prompt))
     return JSONResponse(call.answer(await collect(front.engine, ask), prompt))
 
 

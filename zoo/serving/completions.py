@@ -33,7 +33,7 @@ async def completions(front: Frontend, request: Request) -> Response:
     ask = front.ask(request, body, prompts, call.params, call.candidates)
     if body.stream:
         front.engine.check(len(ask.all))
-        return Events(request, call.events(ask), front)
+        return Events(call.events(ask))
     found = await collect(front.engine, ask)
     return JSONResponse(call.answer(found))
 

@@ -10,14 +10,14 @@ from starlette.requests import Request
 
 from zoo.errors import RequestError
 from zoo.runtime.checks import check_request
-from zoo.runtime.request import SamplingParams
+from zoo.runtime.request import SamplingParams, unfold
 from zoo.runtime.tokenizer import GenerationConfig, Tokenizer
 from zoo.serving.bodies import Generation
 from zoo.serving.client import EngineClient
 from zoo.serving.host import Facts
 from zoo.serving.http import client_of
 from zoo.serving.metrics import Metrics
-from zoo.serving.reading import FieldError, seeds
+from zoo.serving.reading import FieldError
 from zoo.serving.running import Ask
 from zoo.serving.templates import Templates
 
@@ -70,7 +70,7 @@ class Frontend:
         if len(prompts) * count > MAX_CHOICES:
             raise RequestError(f"{len(prompts)} prompts with {count} continuations each; at most {MAX_CHOICES} choices a request")
         limits = [limit for limit in (body.timeout, self.timeout) if limit is not None]
-        many = [seeds(params, count) for _ in prompts]
+        many = [unfold(params, count) for _ in prompts]
         return Ask(prompts, many, client_of(request), body.priority or 0, min(limits, default=None))
 
 

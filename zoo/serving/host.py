@@ -15,10 +15,10 @@ else writes to the pipe.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,7 +49,6 @@ class Facts:
     max_sequences: int
     vocab_size: int
     tokenizer_folder: Path | None
-    encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,6 @@ class Host:
                 self._step()
 
     def _step(self) -> None:
-        import time
-
         started = time.perf_counter()
         pieces = self._engine.step()
         self._seconds += time.perf_counter() - started
@@ -141,11 +138,8 @@ class Host:
             except RequestError as error:
                 failed = Piece(request_id, "", [], finish_reason="error", error=str(error))
                 self._outbox.put(("pieces", [failed], self._load()))
-        elif what == "abort":
-            if self._engine.abort(*rest):
-                self._outbox.put(("pieces", [], self._load()))
-        elif what == "die":  # a test's way to end the process as a crash would
-            os._exit(1)
+        elif what == "abort" and self._engine.abort(*rest):
+            self._outbox.put(("pieces", [], self._load()))
 
     def _load(self) -> EngineLoad:
         scheduler = self._engine.scheduler

@@ -18,9 +18,6 @@ GENERATING: dict[str, Operation] = {
     "/v1/completions": ("post", "Continue prompts", bodies.CompletionBody, answers.CompletionAnswer, WRONG),
     "/v1/chat/completions": ("post", "Answer a chat", bodies.ChatBody, answers.ChatAnswer, WRONG),
 }
-EMBEDDING: dict[str, Operation] = {
-    "/v1/embeddings": ("post", "Embed texts", bodies.EmbeddingBody, answers.EmbeddingAnswer, WRONG),
-}
 COMMON: dict[str, Operation] = {
     "/v1/models": ("get", "The model that is served", None, answers.ModelList, (401,)),
     "/tokenize": ("post", "Token ids of a text or a chat", bodies.TokenizeBody, answers.TokenizeAnswer, (400, 401, 404, 413)),
@@ -33,9 +30,9 @@ COMMON: dict[str, Operation] = {
 
 
 @cache
-def document(encoder: bool) -> dict[str, Any]:
-    """The document of a server that generates, or of one that embeds."""
-    operations = (EMBEDDING if encoder else GENERATING) | COMMON
+def document() -> dict[str, Any]:
+    """The whole document."""
+    operations = GENERATING | COMMON
     bodies_used = [body for _, _, body, _, _ in operations.values() if body]
     answers_used = [answer for _, _, _, answer, _ in operations.values() if answer] + [answers.ErrorAnswer]
     inputs, schemas = models_json_schema(

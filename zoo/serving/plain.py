@@ -81,7 +81,7 @@ async def metrics(front: Frontend, request: Request) -> Response:
 
 
 async def openapi(front: Frontend, request: Request) -> Response:
-    return JSONResponse(document(front.facts.encoder))
+    return JSONResponse(document())
 
 
 async def not_found(request: Request, wrong: Exception) -> Response:

@@ -97,13 +97,6 @@ def _logprobs(body: Generation) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """Parameters for each of ``count`` continuations of one prompt; with a seed, continuation i has seed + i."""
-    if params.seed is None or count == 1:
-        return [params] * count
-    return [dataclasses.replace(params, seed=(params.seed + index) % SEEDS) for index in range(count)]
-
-
 def max_tokens_of(body: ChatBody) -> int | None:
     """``max_completion_tokens``, or its older name; FieldError where both are given and differ."""
     new, old = body.max_completion_tokens, body.max_tokens

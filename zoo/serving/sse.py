@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from zoo.serving.frontend import Frontend
 from zoo.serving.http import error_detail
 from zoo.serving.reading import compact
 
@@ -21,7 +19,7 @@ class Events(StreamingResponse):
     A client that reads slowly holds up nothing but its own stream: writing waits for it, and its pieces are joined meanwhile.
     """
 
-    def __init__(self, request: Request, chunks: AsyncIterator[dict[str, Any]], front: Frontend) -> None:
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]]) -> None:
         super().__init__(_written(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
