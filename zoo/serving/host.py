@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import RequestError, ZooError
+from zoo.errors import ZooError
 from zoo.runtime.request import Piece
 
 MOST_FAILURES = 3  # steps in a row that gave nothing but failures: the engine is beyond help
@@ -135,7 +135,7 @@ class Host:
             request_id, prompt, params, priority = rest
             try:
                 self._engine.add_request(request_id, prompt, params, priority)
-            except RequestError as error:
+            except ZooError as error:  # whatever is wrong with one request ends no other's engine
                 failed = Piece(request_id, "", [], finish_reason="error", error=str(error))
                 self._outbox.put(("pieces", [failed], self._load()))
         elif what == "abort" and self._engine.abort(*rest):
